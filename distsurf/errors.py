@@ -1,0 +1,34 @@
+"""The errors that distsurf raises on purpose: one readable line each, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DistsurfError(Exception):
+    """Base of all of them. The command line prints the message and ends with ``exit_code``."""
+
+    exit_code = 1
+
+
+class InputError(DistsurfError):
+    """Something given to distsurf cannot be used: what was given, what was expected, what to do."""
+
+
+class Incomplete(DistsurfError):
+    """The evaluation ended before every point had a value (stopped, preempted, failed points).
+
+    ``surface`` holds everything that was computed; with an output file the same call continues from it.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, surface: Any = None):
+        super().__init__(message)
+        self.surface = surface
+
+
+class DamagedFile(DistsurfError):
+    """A surface file whose contents contradict themselves."""
+
+    exit_code = 4

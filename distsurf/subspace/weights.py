@@ -1,0 +1,238 @@
+"""Weights <-> vectors: the layout of a model's parameters in one flat vector, and reading checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from distsurf.errors import InputError
+
+# Every tensor starts on a 64-byte boundary of the flat vector: vectorized kernels may round differently on
+# memory aligned otherwise, and a point's value must not depend on where its weights happen to lie.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each named tensor lies in a flat vector of ``size`` elements (padding between tensors is zero)."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Layout:
+        """The layout of named tensors, in their order."""
+        return cls(tuple(tensors), tuple(tuple(tensor.shape) for tensor in tensors.values()))
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First element of each tensor."""
+        offsets, end = [], 0
+        for shape in self.shapes:
+            offsets.append(end)
+            end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+        return tuple(offsets)
+
+    @property
+    def size(self) -> int:
+        """Length of the flat vector, padding included."""
+        if not self.shapes:
+            return 0
+        return self.offsets[-1] + -(-math.prod(self.shapes[-1]) // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def count(self) -> int:
+        """Number of parameters, padding not included."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def views(self, vector: NDArray[Any]) -> list[NDArray[Any]]:
+        """The tensors as views into a flat vector ``(size,)``."""
+        return [
+            vector[offset : offset + math.prod(shape)].reshape(shape)
+            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+        ]
+
+    def torch_views(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors as views into a flat torch vector ``(size,)``."""
+        return [
+            vector[offset : offset + math.prod(shape)].view(shape)
+            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+        ]
+
+    def flatten(self, tensors: Sequence[torch.Tensor], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Copy tensors into a new flat vector ``(size,)``."""
+        vector = np.zeros(self.size, dtype)
+        for view, tensor in zip(self.views(vector), tensors, strict=True):
+            view[...] = tensor.detach().cpu().to(_torch_dtype(dtype)).numpy()
+        return vector
+
+
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A model's own state: parameters (each once, tied ones too) and buffers."""
+
+    parameters: dict[str, nn.Parameter]
+    buffers: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Tensors:
+        """The parameters and buffers of a model. Raises InputError where they cannot span a surface."""
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise InputError(
+                    f"parameter {name} is lazy and has no shape yet: pass one batch through the model first"
+                )
+            if not parameter.is_floating_point():
+                raise InputError(
+                    f"parameter {name} is {parameter.dtype}; only real floating point can be moved"
+                )
+        if not parameters:
+            raise InputError("the model has no parameters, so there is no weight space to look at")
+        return cls(parameters, dict(model.named_buffers()))
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """θ(c) = θ0 + Σ c_k d_k: a centre and one direction per axis, flat vectors of one layout.
+
+    ``center`` ``(size,)`` float32 or float64; ``directions`` each ``(size,)`` float32: a direction *is* float32
+    numbers, so that the plane is the same plane whatever the precision of the evaluation.
+    """
+
+    layout: Layout
+    center: NDArray[Any]
+    directions: tuple[NDArray[np.float32], ...]
+
+    @property
+    def dimension(self) -> int:
+        """Number of directions."""
+        return len(self.directions)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the names, shapes and exact numbers of the centre and of the directions."""
+        described = repr((self.layout.names, self.layout.shapes)).encode()
+        return {
+            "weights": digest([described, *self.layout.views(self.center)]),
+            "directions": digest(
+                [described, *(view for direction in self.directions for view in self.layout.views(direction))]
+            ),
+        }
+
+
+def digest(parts: Iterable[bytes | NDArray[Any]]) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of byte strings and arrays."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).reshape(-1).data)
+    return total.hexdigest()[:16]
+
+
+def load_checkpoint(
+    model: nn.Module, path: Path, *, key: str | None = None, allow_pickle: bool = False
+) -> None:
+    """Load a state dict (torch, or ``.safetensors``) into ``model``.
+
+    ``key`` names the entry of the file that holds the state dict; without it the usual ones are tried
+    (``state_dict``, ``model_state_dict``, ``model``, ``net``). A ``module.`` prefix left by DataParallel is
+    removed. Raises InputError for a missing or unreadable file, for a pickle that needs more than tensors
+    unless ``allow_pickle``, and for tensors that are missing, unexpected, misshapen or not finite.
+    """
+    state = _read_state(path, allow_pickle)
+    state = _find_state(state, key, path)
+    own = model.state_dict()
+    if not own.keys() & state.keys() and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    complaints = []
+    # Tensors that share memory are one tensor: a file that names a tied weight once is complete.
+    places = {name: (t.data_ptr(), t.shape) for name, t in own.items() if t.numel()}
+    present = {places[name] for name in state if name in places}
+    missing = [n for n in own if n not in state and places.get(n) not in present]
+    if missing:
+        complaints.append(f"missing {_some(missing)}")
+    unexpected = [name for name in state if name not in own]
+    if unexpected:
+        complaints.append(f"unexpected {_some(unexpected)}")
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} where the model has {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if misshapen:
+        complaints.append(f"misshapen {_some(misshapen)}")
+    if complaints:
+        raise InputError(
+            f"checkpoint {path} does not fit the model {type(model).__name__}: {'; '.join(complaints)}"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _read_state(path: Path, allow_pickle: bool) -> Any:
+    if not path.is_file():
+        raise InputError(f"no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) and not allow_pickle:
+            raise InputError(
+                f"checkpoint {path} holds more than tensors, and loading it could run code; "
+                "if you trust its origin, set model.allow_pickle = true"
+            ) from error
+        raise InputError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+    except Exception as error:
+        raise InputError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _find_state(state: Any, key: str | None, path: Path) -> dict[str, torch.Tensor]:
+    if isinstance(state, nn.Module):
+        state = state.state_dict()
+    if key is not None:
+        if not isinstance(state, Mapping) or key not in state:
+            entries = _some([str(k) for k in state]) if isinstance(state, Mapping) else type(state).__name__
+            raise InputError(f"checkpoint {path} has no entry {key!r}; it has {entries}")
+        state = state[key]
+    elif isinstance(state, Mapping):
+        for usual in ("state_dict", "model_state_dict", "model", "net"):
+            if isinstance(state.get(usual), (Mapping, nn.Module)):
+                state = state[usual]
+                break
+    if isinstance(state, nn.Module):
+        state = state.state_dict()
+    if not isinstance(state, Mapping) or not state:
+        raise InputError(f"checkpoint {path} holds no state dict; name its entry with model.checkpoint_key")
+    strange = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise InputError(
+            f"checkpoint {path} is not a state dict: {_some(strange)} "
+            f"{'is' if len(strange) == 1 else 'are'} not tensors; name its entry with model.checkpoint_key"
+        )
+    return dict(state)

@@ -1,0 +1,161 @@
+"""A surface in memory: axes, columns of values, the status of every point, and how it was made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distsurf.errors import InputError
+from distsurf.evaluator import Column
+from distsurf.grid import Grid
+
+if TYPE_CHECKING:
+    import xarray
+    from matplotlib.figure import Figure
+
+
+class Status(IntEnum):
+    """What is known of a grid point. Stored as uint8, written after the values that it vouches for."""
+
+    PENDING = 0
+    EVALUATED = 1
+    INTERPOLATED = 2
+    FAILED = 3
+
+
+@dataclass
+class Surface:
+    """Values on a grid.
+
+    ``surface["train_loss"]`` is an array of the grid's shape, ``[y, x]`` for two axes; a name that belongs to
+    one split can be given without it where that is unambiguous: ``surface["loss"]`` is ``train_loss`` if there
+    is a train split. Points without a value are NaN; ``status`` tells them from honest NaN results.
+    """
+
+    grid: Grid
+    columns: tuple[Column, ...]
+    values: dict[str, NDArray[np.float64]]
+    status: NDArray[np.uint8]
+    cost: NDArray[np.float64]
+    """Seconds that each point took; NaN where it was not evaluated."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """Why points failed, by point index."""
+    job: str = ""
+    """The job as TOML text."""
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Versions, device, time of creation and directions' cosine, as recorded in the file."""
+    path: Path | None = None
+    is_writer: bool = True
+    """False on the ranks other than 0, where `save` and `plot` leave the disk alone."""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Surface:
+        """Read a surface file, finished or not. Raises InputError or DamagedFile."""
+        from distsurf.surface.file import SurfaceFile
+
+        with SurfaceFile.open(path) as file:
+            return file.read()
+
+    def column(self, name: str) -> Column:
+        """The column that ``name`` means. Raises InputError naming the columns there are."""
+        by_name = {column.name: column for column in self.columns}
+        for candidate in (name, f"train_{name}"):
+            if candidate in by_name:
+                return by_name[candidate]
+        matches = [column for column in self.columns if column.name.endswith(f"_{name}")]
+        if len(matches) == 1:
+            return matches[0]
+        raise InputError(f"the surface has no column {name!r}; it has {', '.join(by_name)}")
+
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
+        return self.values[self.column(name).name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all columns."""
+        return tuple(column.name for column in self.columns)
+
+    @property
+    def x(self) -> NDArray[np.float64]:
+        """Coordinates along the first axis."""
+        return self.grid.axes[0].values
+
+    @property
+    def y(self) -> NDArray[np.float64]:
+        """Coordinates along the second axis. Raises InputError if there is none."""
+        if len(self.grid.axes) < 2:
+            raise InputError("a surface with one axis has no y")
+        return self.grid.axes[1].values
+
+    def count(self, status: Status) -> int:
+        """Number of points with this status."""
+        return int(np.count_nonzero(self.status == status))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every point has a value, evaluated or interpolated."""
+        return self.count(Status.EVALUATED) + self.count(Status.INTERPOLATED) == self.status.size
+
+    def minimum(self, name: str = "loss") -> tuple[float, tuple[float, ...]] | None:
+        """Smallest finite value of a column and its coordinates (x, y, …); None where nothing is finite."""
+        values = self[name].ravel()
+        finite = np.isfinite(values)
+        if not finite.any():
+            return None
+        point = int(np.argmin(np.where(finite, values, np.inf)))
+        return float(values[point]), self.grid.coordinates_of(point)
+
+    @property
+    def main_column(self) -> str:
+        """The column to draw if none is asked for: the loss if there is one, else the first."""
+        try:
+            return self.column("loss").name
+        except InputError:
+            return self.columns[0].name
+
+    @property
+    def origin(self) -> tuple[int, ...] | None:
+        """Position in the arrays of the point where all coordinates are zero: the model itself. None if absent."""
+        position = []
+        for axis in reversed(self.grid.axes):
+            found = np.flatnonzero(axis.values == 0)
+            if not found.size:
+                return None
+            position.append(int(found[0]))
+        return tuple(position)
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A labelled dataset with one variable per column, and ``status``. Needs the extra ``xarray``."""
+        import xarray
+
+        dims = self.grid.names[::-1]
+        return xarray.Dataset(
+            {column.name: (dims, self[column.name], {"units": column.unit}) for column in self.columns}
+            | {"status": (dims, self.status), "cost": (dims, self.cost, {"units": "s"})},
+            coords={name: axis.values for name, axis in zip(self.grid.names, self.grid.axes, strict=True)},
+            attrs={"job": self.job},
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a surface file under a temporary name, then rename it. Does nothing on ranks other than 0."""
+        if not self.is_writer:
+            return
+        from distsurf.surface.file import SurfaceFile
+
+        SurfaceFile.write(Path(path), self)
+
+    def plot(
+        self, column: str = "loss", path: str | os.PathLike[str] | None = None, **options: Any
+    ) -> Figure:
+        """Draw the picture that fits the number of axes; with ``path`` also save it (on rank 0 only)."""
+        from distsurf.view import plot
+
+        return plot(self, column, path=path if self.is_writer else None, **options)
