@@ -1,0 +1,7 @@
+"""``python -m distsurf`` is the command ``distsurf``."""
+
+import sys
+
+from distsurf.cli import main
+
+sys.exit(main())

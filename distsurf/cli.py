@@ -1,0 +1,315 @@
+"""The command line: verbs that parse, call and print.
+
+Exit codes: 0 complete; 1 bad input; 3 incomplete but saved (the same command continues); 4 damaged file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from distsurf import __version__
+from distsurf.errors import DamagedFile, DistsurfError, Incomplete, InputError
+from distsurf.names import nearest
+
+if TYPE_CHECKING:
+    from distsurf.distribute.ranks import Ranks
+    from distsurf.job import Job
+    from distsurf.surface import Surface
+
+OVERVIEW = """\
+distsurf evaluates the loss surface of a neural network on a grid, on one core or many GPUs.
+
+  distsurf run                      the built-in example: a small network on handwritten digits
+  mpirun -n 8 distsurf run my.toml  a job of your own, on 8 ranks; the same command continues it
+  distsurf status surface.h5        what is in a surface file, finished or not
+  distsurf plot surface.h5          draw it
+  distsurf check surface.h5         is the file sound and complete?
+
+`distsurf VERB --help` lists the options of a verb. A job file names a model, data and a grid:
+
+  [model]
+  factory = "mynet.py:build"          # or resnet20, torchvision:resnet18, package.module:Class
+  checkpoint = "trained.pt"
+  [data]
+  source = "mydata.py:splits"         # returns {"train": (images, labels), "test": ...}
+  [grid]
+  x = "-1:1:51"
+  y = "-1:1:51"
+
+Exit codes: 0 complete, 1 bad input, 3 incomplete but saved, 4 damaged file."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with exit code 1, like all bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (distsurf --help shows what there is)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name) and return the exit code."""
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        return int(options.verb(options))
+    except DistsurfError as error:
+        if debug:
+            traceback.print_exc()
+        if _is_first_rank():
+            print(f"distsurf: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("distsurf: interrupted before the evaluation began; nothing was recorded", file=sys.stderr)
+        return Incomplete.exit_code
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _is_first_rank() -> bool:
+    """Errors reach every rank; one of them tells the user."""
+    from distsurf.distribute.ranks import launched
+
+    start = launched()
+    return start is None or start[0] == 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="distsurf",
+        description=OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="distsurf VERB …",
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--version", action="version", version=f"distsurf {__version__}", help=argparse.SUPPRESS
+    )
+    verbs = parser.add_subparsers(help=argparse.SUPPRESS, parser_class=_Parser)
+    common = _Parser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def verb(name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, parents=[common])
+        sub.set_defaults(verb=call)
+        return sub
+
+    run = verb("run", _run, "Evaluate a job's surface, or continue it; in one process or under mpirun.")
+    run.add_argument("job", nargs="?", type=Path, metavar="JOB.toml", help="without it: the built-in example")
+    run.add_argument("--out", metavar="FILE.h5", help="the surface file (default: runs/NAME/surface.h5)")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a value of the job, for example grid.x=-1:1:21; may be repeated",
+    )
+    run.add_argument(
+        "--fresh", action="store_true", help="start anew; an existing file is kept under another name"
+    )
+    run.add_argument("--progress", choices=("auto", "bar", "lines", "none"), default="auto")
+    run.add_argument("--no-pictures", action="store_true", help="leave the pictures out")
+
+    plot = verb("plot", _plot, "Draw a surface file, finished or not.")
+    plot.add_argument("file", type=Path, metavar="FILE.h5")
+    plot.add_argument("--column", default="loss", help="which quantity (default: loss)")
+    plot.add_argument(
+        "--kind",
+        choices=("contour", "surface", "curves", "slices"),
+        help="default: what fits the number of axes",
+    )
+    plot.add_argument("-o", "--output", type=Path, help=".png, .pdf or .svg (default: beside the file)")
+    plot.add_argument("--title")
+    scale = plot.add_mutually_exclusive_group()
+    scale.add_argument(
+        "--log", action="store_true", default=None, help="log scale (default: where the range asks for it)"
+    )
+    scale.add_argument("--linear", action="store_false", dest="log", default=None, help="linear scale")
+
+    status = verb("status", _status, "Say what is in a surface file, finished or not.")
+    status.add_argument("file", type=Path, metavar="FILE.h5")
+
+    check = verb(
+        "check", _check, "Check that a surface file is sound: exit code 0 complete, 3 incomplete, 4 damaged."
+    )
+    check.add_argument("file", type=Path, metavar="FILE.h5")
+
+    if not arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    known = list(verbs.choices)
+    if not arguments[0].startswith("-") and arguments[0] not in known:
+        raise InputError(f"no verb {arguments[0]!r}; {nearest(arguments[0], known)}")
+    return parser.parse_args(arguments)
+
+
+# -- run --------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from distsurf.distribute.ranks import connect
+    from distsurf.job import Job
+
+    if options.job is None:
+        text = resources.files("distsurf").joinpath("default.toml").read_text()
+        job = Job.read(text, options.set, origin="the built-in job")
+    else:
+        job = Job.load(options.job, options.set)
+    ranks = connect()
+    try:
+        code = _run_on(ranks, job, options)
+    except DistsurfError:
+        ranks.close()
+        raise
+    except BaseException as error:
+        # A bug, or Ctrl-C during set-up: the other ranks cannot know of it, and would wait for ever.
+        if ranks.size > 1:
+            print(
+                f"distsurf: rank {ranks.rank} ends the job: {type(error).__name__} {error}", file=sys.stderr
+            )
+            ranks.abort(Incomplete.exit_code)
+        raise
+    ranks.close()
+    return code
+
+
+def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace) -> int:
+    from distsurf.run import run
+
+    out = Path(options.out) if options.out else job.path
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    code, message = 0, ""
+    try:
+        surface = run(job, ranks, out=out, fresh=options.fresh, progress=options.progress, say=say)
+    except Incomplete as error:
+        surface, code, message = error.surface, error.exit_code, str(error)
+    if ranks.rank == 0:
+        made = [out]
+        if job.output.pictures and not options.no_pictures:
+            made += _draw(surface, out)
+        _conclude(surface, made)
+        if code:
+            print(f"distsurf: {message}", file=sys.stderr)
+    # Only one rank speaks for the job: launchers report every exit code but 0 as a crash of its own.
+    return code if ranks.rank == 0 else 0
+
+
+def _draw(surface: Surface, out: Path) -> list[Path]:
+    """The pictures that fit the number of axes, beside the surface file."""
+    kinds = {1: ["curves"], 2: ["contour", "surface"], 3: ["slices"]}[len(surface.grid.axes)]
+    column = surface.main_column
+    paths = []
+    for kind in kinds:
+        path = out.with_name(f"{out.stem}_{kind}.png")
+        surface.plot(column, path, kind=kind)
+        paths.append(path)
+    return paths
+
+
+def _conclude(surface: Surface, made: list[Path]) -> None:
+    """What was made, what it shows, and what to try next."""
+    print()
+    for line in _facts(surface):
+        print(line)
+    print("\nmade:")
+    for path in made:
+        print(f"  {path}")
+    file = made[0]
+    print("\ntry next:")
+    print(f"  distsurf status {file}")
+    if "test_accuracy" in surface.names:
+        print(f"  distsurf plot {file} --column test_accuracy")
+    print(f"  distsurf plot {file} -o surface.pdf")
+
+
+def _facts(surface: Surface) -> list[str]:
+    """A surface in a few lines: size, and each column's minimum, maximum and value at the model."""
+    import numpy as np
+
+    from distsurf.surface import Status
+
+    counts = [f"{surface.count(s):,} {s.name.lower()}" for s in Status if surface.count(s)]
+    shape = " × ".join(f"{axis.count}" for axis in surface.grid.axes)
+    lines = [f"{shape} points: {', '.join(counts)}"]
+    origin = surface.origin
+    width = max(len(name) for name in surface.names)
+    header = f"{'':{width}}  {'min':>12}  {'max':>12}" + (f"  {'at the model':>12}" if origin else "")
+    lines.append(header)
+    for column in surface.columns:
+        values = surface[column.name]
+        finite = values[np.isfinite(values)]
+        span = [f"{finite.min():12.6g}", f"{finite.max():12.6g}"] if finite.size else [f"{'-':>12}"] * 2
+        row = [f"{column.name:{width}}", *span]
+        if origin:
+            row.append(f"{values[origin]:12.6g}")
+        lines.append("  ".join(row) + (f" {column.unit}" if column.unit else ""))
+    return lines
+
+
+# -- the other verbs --------------------------------------------------------------------------------------
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from distsurf.surface import Surface
+
+    surface = Surface.load(options.file)
+    column = surface.main_column if options.column == "loss" else options.column
+    kind = options.kind or {1: "curves", 2: "contour", 3: "slices"}[len(surface.grid.axes)]
+    suffix = "" if column == surface.main_column else f"_{surface.column(column).name}"
+    path = options.output or options.file.with_name(f"{options.file.stem}_{kind}{suffix}.png")
+    settings = {"title": options.title, "log": options.log}
+    surface.plot(
+        column, path, kind=kind, **{key: value for key, value in settings.items() if value is not None}
+    )
+    print(path)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from distsurf.surface import Surface
+
+    surface = Surface.load(options.file)
+    facts = surface.facts
+    print(f"{options.file}: {facts.get('name', 'surface')}, {surface.grid}")
+    for line in _facts(surface):
+        print(line)
+    if facts:
+        told = [
+            f"{key} {facts[key]}" for key in ("created", "placement", "distsurf", "torch") if key in facts
+        ]
+        print("; ".join(told))
+        cosines = ", ".join(f"{pair} {value:.4f}" for pair, value in facts.get("cosines", {}).items())
+        if cosines:
+            print(f"cosine between directions: {cosines}")
+    for point, reason in list(surface.failures.items())[:5]:
+        where = ", ".join(f"{c:g}" for c in surface.grid.coordinates_of(point))
+        print(f"failed at ({where}): {reason}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from distsurf.surface import Status, SurfaceFile
+
+    with SurfaceFile.open(options.file) as file:
+        problems = file.check()
+        if problems:
+            raise DamagedFile(f"{options.file} is damaged: {'; '.join(problems)}")
+        surface = file.read()
+    done = surface.count(Status.EVALUATED) + surface.count(Status.INTERPOLATED)
+    print(f"{options.file} is sound: {done:,} of {surface.grid.size:,} points have values")
+    if not surface.complete:
+        failed = surface.count(Status.FAILED)
+        print(f"{surface.count(Status.PENDING):,} pending, {failed:,} failed: run the job again to continue")
+        return Incomplete.exit_code
+    return 0

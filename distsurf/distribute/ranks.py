@@ -1,0 +1,280 @@
+"""The ranks of a job: one process, or many under MPI, behind one interface whose every wait sleeps.
+
+MPI libraries spin while they wait: seven ranks blocked in a receive were measured to leave a computing rank a
+quarter of its speed on two cores. So nothing here blocks inside MPI: requests are tested, with short sleeps between.
+mpi4py is imported only where a launcher started several processes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distsurf.errors import DistsurfError, InputError
+
+TEXT_BYTES = 1024
+CHUNK = 1 << 30  # MPI counts are 32-bit ints
+ALIGNMENT = 64
+SHARED_FROM = 16 << 20
+"""Bytes from which a buffer lies once per node in an MPI shared-memory window rather than in every rank."""
+
+
+class Pause:
+    """Sleeps that grow from 20 µs to ``longest`` seconds while nothing happens."""
+
+    def __init__(self, longest: float = 0.005):
+        self.longest = longest
+        self.reset()
+
+    def reset(self) -> None:
+        """Something happened: be quick again."""
+        self._seconds = 20e-6
+
+    def __call__(self) -> None:
+        """Sleep, a little longer than the last time."""
+        time.sleep(self._seconds)
+        self._seconds = min(self._seconds * 1.3, self.longest)
+
+
+class Ranks:
+    """The ranks that work on one job. This class is a single process; `MPIRanks` are many."""
+
+    rank = 0
+    size = 1
+    node_rank = 0
+    node_size = 1
+    is_shared = False
+    """Whether the last buffer lies in a window shared by the ranks of a node."""
+
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, cut to 1 KiB, by rank; on every rank."""
+        return [text]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank (small ones: it is pickled)."""
+        return value
+
+    def share(self, size: int, fill: Callable[[NDArray[np.uint8]], None]) -> NDArray[np.uint8]:
+        """A buffer of ``size`` bytes that ``fill`` filled on rank 0, readable on every rank, 64-byte aligned.
+
+        Only rank 0's ``size`` and ``fill`` count. Treat it as read-only: large ones are one copy per node.
+        """
+        buffer = _aligned(size)
+        fill(buffer)
+        return buffer
+
+    def barrier(self) -> None:
+        """Wait, asleep, until every rank is here."""
+
+    def send(self, rank: int, message: Any) -> None:
+        """Send a message; never waits."""
+        raise RuntimeError("a single process has nobody to send to")
+
+    def receive(self, source: int | None = None) -> list[tuple[int, Any]]:
+        """Messages that have arrived, as (source, message); never waits."""
+        return []
+
+    def close(self) -> None:
+        """Give back windows and communicators, together with the other ranks."""
+
+    def abort(self, code: int) -> None:
+        """End the processes of this job at once: something broke that the other ranks cannot know of."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A step that every rank takes: where it fails on one, the same error is raised on all, and none waits."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        told = "" if failure is None else f"{getattr(failure, 'exit_code', 1)} {_in_words(failure)}"
+        answers = self.gather(told)
+        if isinstance(failure, DistsurfError):
+            raise failure
+        if failure is not None:
+            raise DistsurfError(_in_words(failure)) from failure
+        for rank, answer in enumerate(answers):
+            if answer:
+                code, text = answer.split(" ", 1)
+                # Rank 0's errors are about the job; others' are about that rank, and rank 0 is who tells the user.
+                told_elsewhere = DistsurfError(text if rank == 0 else f"rank {rank}: {text}")
+                told_elsewhere.exit_code = int(code)
+                raise told_elsewhere
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, DistsurfError):
+        return str(error)
+    return f"unexpected {type(error).__name__} on {socket.gethostname()}: {error} (--debug shows where)"
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+class MPIRanks(Ranks):
+    """Ranks of an MPI communicator (a duplicate of it, so that no message of others is ever seen)."""
+
+    def __init__(self, world: Any):
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._comm = world.Dup()
+        self.rank: int = self._comm.rank
+        self.size: int = self._comm.size
+        self._node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.node_rank: int = self._node.rank
+        self.node_size: int = self._node.size
+        self._leaders = self._comm.Split(0 if self.node_rank == 0 else MPI.UNDEFINED)
+        self._windows: list[Any] = []
+        self._sent: list[Any] = []
+
+    def _wait(self, request: Any) -> None:
+        pause = Pause()
+        while not request.Test():
+            pause()
+
+    def gather(self, text: str) -> list[str]:
+        mine = np.zeros(TEXT_BYTES, np.uint8)
+        encoded = text.encode()[:TEXT_BYTES]
+        mine[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        everybody = np.empty((self.size, TEXT_BYTES), np.uint8)
+        self._wait(self._comm.Iallgather(mine, everybody))
+        return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everybody]
+
+    def broadcast(self, value: Any) -> Any:
+        length = np.zeros(1, np.int64)
+        data = b""
+        if self.rank == 0:
+            data = pickle.dumps(value)
+            length[0] = len(data)
+        self._wait(self._comm.Ibcast(length))
+        buffer = np.frombuffer(data, np.uint8).copy() if self.rank == 0 else np.empty(length[0], np.uint8)
+        self._broadcast_buffer(self._comm, buffer)
+        return value if self.rank == 0 else pickle.loads(buffer.tobytes())
+
+    def _broadcast_buffer(self, comm: Any, buffer: NDArray[np.uint8]) -> None:
+        for start in range(0, len(buffer), CHUNK):
+            self._wait(comm.Ibcast(buffer[start : start + CHUNK]))
+
+    def share(self, size: int, fill: Callable[[NDArray[np.uint8]], None]) -> NDArray[np.uint8]:
+        size = self.broadcast(size)
+        roomy = all(answer == "yes" for answer in self.gather("yes" if _shared_memory_has(size) else "no"))
+        self.is_shared = size >= SHARED_FROM and self.node_size > 1 and roomy
+        self.is_shared = self.broadcast(self.is_shared)
+        if not self.is_shared:
+            buffer = _aligned(size)
+            with self.together():
+                if self.rank == 0:
+                    fill(buffer)
+            self._broadcast_buffer(self._comm, buffer)
+            return buffer
+        owned = size + ALIGNMENT if self.node_rank == 0 else 0
+        window = self._mpi.Win.Allocate_shared(owned, 1, comm=self._node)
+        self._windows.append(window)
+        memory, _ = window.Shared_query(0)
+        raw = np.asarray(memory, np.uint8)
+        # Pages are mapped at the same offset in every rank, so each finds the same first aligned byte.
+        start = -raw.ctypes.data % ALIGNMENT
+        buffer = raw[start : start + size]
+        with self.together():
+            if self.rank == 0:
+                fill(buffer)
+        if self.node_rank == 0:
+            self._broadcast_buffer(self._leaders, buffer)
+        self.barrier()
+        return buffer
+
+    def barrier(self) -> None:
+        self._wait(self._comm.Ibarrier())
+
+    def send(self, rank: int, message: Any) -> None:
+        self._sent = [request for request in self._sent if not request.Test()]
+        self._sent.append(self._comm.isend(message, rank))
+
+    def receive(self, source: int | None = None) -> list[tuple[int, Any]]:
+        arrived = []
+        status = self._mpi.Status()
+        origin = self._mpi.ANY_SOURCE if source is None else source
+        while self._comm.Iprobe(source=origin, status=status):
+            arrived.append((status.source, self._comm.recv(source=status.source, tag=status.tag)))
+        return arrived
+
+    def close(self) -> None:
+        barrier = self._comm.Ibarrier()
+        pause = Pause()
+        # Whoever is early sleeps here, rather than spinning in a blocking free or finalize; messages that nobody
+        # waits for any more (after an error) are taken in, so that their senders can leave.
+        while not (barrier.Test() and all(request.Test() for request in self._sent)):
+            self.receive()
+            pause()
+        for window in self._windows:
+            window.Free()
+        for comm in (self._node, self._leaders, self._comm):
+            if comm != self._mpi.COMM_NULL:
+                comm.Free()
+
+    def abort(self, code: int) -> None:
+        self._comm.Abort(code)
+
+
+def _shared_memory_has(size: int) -> bool:
+    """Whether /dev/shm has room: a window larger than that would end the job by SIGBUS at the first touch."""
+    try:
+        room = os.statvfs("/dev/shm")
+    except OSError:
+        return True
+    return room.f_bavail * room.f_frsize > 1.05 * size + (16 << 20)
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, str] | None:
+    """How a launcher started this process: (rank, size, launcher), or None for a process on its own."""
+    for launcher, rank, size in (
+        ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("MPICH's mpirun", "PMI_RANK", "PMI_SIZE"),
+        ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ):
+        if rank in environment and size in environment:
+            if launcher == "MPICH's mpirun" and "MPI_LOCALNRANKS" not in environment:
+                launcher = "srun"  # its pmi2 sets PMI_RANK and PMI_SIZE too, but not this one
+            return int(environment[rank]), int(environment[size]), launcher
+    return None
+
+
+def connect() -> Ranks:
+    """The ranks that were launched together. Raises InputError where MPI is missing or does not connect them."""
+    start = launched()
+    if start is None or start[1] == 1:
+        return Ranks()
+    rank, size, launcher = start
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            f"{launcher} started {size} processes, but there is no MPI library to connect them "
+            f"({str(error).splitlines()[0]}): pip install 'distsurf[mpich]', or load your site's MPI module"
+        ) from error
+    if size != MPI.COMM_WORLD.size:
+        library = MPI.Get_library_version().splitlines()[0].strip("\0")
+        remedy = {
+            "srun": "choose the srun flag that fits the library: --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI",
+            "MPICH's mpirun": "load MPICH with MPI4PY_LIBMPI=/path/to/libmpi.so.12, or use Open MPI's mpirun",
+            "Open MPI's mpirun": f"use the mpirun of that library (beside {sys.executable} if it came by pip)",
+        }[launcher]
+        raise InputError(
+            f"{launcher} started {size} processes, but this one ({rank}) sees a world of {MPI.COMM_WORLD.size} "
+            f"through {library}; each would do the whole job: {remedy}"
+        )
+    return MPIRanks(MPI.COMM_WORLD)

@@ -1,0 +1,51 @@
+"""Being asked to stop: the first signal asks, the second one ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+ASKING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+EXIT_INCOMPLETE = 3
+
+
+class StopRequest:
+    """While the ``with`` block lasts, signals set a flag; in a thread other than the main one it changes nothing.
+
+    A second signal leaves without ado, with the exit code of an incomplete job: what was committed is in the file.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._before: dict[int, Any] = {}
+        self.reason = ""
+
+    def __call__(self) -> bool:
+        """Whether somebody asked to stop."""
+        return self._event.is_set()
+
+    def ask(self, reason: str) -> None:
+        """Ask to stop."""
+        self.reason = self.reason or reason
+        self._event.set()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            os._exit(EXIT_INCOMPLETE)
+        self.ask(signal.Signals(number).name)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._on_signal) for number in ASKING}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

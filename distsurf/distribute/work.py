@@ -1,0 +1,213 @@
+"""The loops around the coordinator: rank 0 coordinates and evaluates, the other ranks evaluate.
+
+On rank 0 a thread evaluates while the main thread answers the others, writes results and sleeps in between. There is
+no barrier and no collective in the loop: a worker sends what it has with its request for more, and rank 0 answers.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distsurf.distribute.coordinator import Coordinator, Order, Plan, Points, Shard
+from distsurf.distribute.ranks import Pause, Ranks
+from distsurf.evaluator import Evaluator, Stopped
+from distsurf.grid import Grid
+
+
+class Recorder(Protocol):
+    """Where results go: the surface file, or anything with these three."""
+
+    def record(
+        self, points: NDArray[np.int64], values: NDArray[np.float64], seconds: NDArray[np.float64]
+    ) -> None:
+        """Take values ``(P, C)`` and costs ``(P,)`` of points ``(P,)``."""
+
+    def record_failure(self, point: int, reason: str) -> None:
+        """Take a point as failed."""
+
+    def commit(self) -> None:
+        """Make everything taken so far safe."""
+
+
+@dataclass
+class Report:
+    """What a worker says when it has done a shard; an empty one is its first request."""
+
+    points: Points
+    values: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    failures: list[tuple[int, str]]
+    is_leaving: bool = False
+
+
+def evaluate_shard(
+    evaluator: Evaluator, grid: Grid, shard: Shard, columns: int, stop: Callable[[], bool]
+) -> Report:
+    """Evaluate a shard point by point: a point that fails does not take the others with it."""
+    done: list[int] = []
+    values: list[NDArray[np.float64]] = []
+    seconds: list[float] = []
+    failures: list[tuple[int, str]] = []
+    for point, coordinates in zip(shard.points.tolist(), grid.coordinates(shard.points), strict=True):
+        if stop():
+            break
+        start = time.perf_counter()
+        try:
+            value = np.asarray(evaluator(coordinates[None, :]), dtype=np.float64)
+            if value.shape != (1, columns):
+                raise ValueError(f"the evaluator returned shape {value.shape}, expected {(1, columns)}")
+        except Stopped:
+            break
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            failures.append(
+                (
+                    point,
+                    f"{type(error).__name__}: {error} ({where.name}, line {where.lineno} of {where.filename})",
+                )
+            )
+            continue
+        done.append(point)
+        values.append(value[0])
+        seconds.append(time.perf_counter() - start)
+    return Report(
+        np.array(done, np.int64),
+        np.array(values, np.float64).reshape(len(done), columns),
+        np.array(seconds, np.float64),
+        failures,
+    )
+
+
+def work(ranks: Ranks, evaluator: Evaluator, grid: Grid, stop: Callable[[], bool]) -> None:
+    """Rank > 0: ask, evaluate, report, until told to stop."""
+    columns = len(evaluator.columns)
+    report = _first_report(columns)
+    while True:
+        report.is_leaving = stop()
+        ranks.send(0, report)
+        reply = _await_reply(ranks)
+        if reply is Order.STOP:
+            return
+        report = evaluate_shard(evaluator, grid, reply, columns, stop)
+
+
+def _first_report(columns: int) -> Report:
+    return Report(np.empty(0, np.int64), np.empty((0, columns)), np.empty(0), [])
+
+
+def _await_reply(ranks: Ranks) -> Any:
+    pause = Pause()
+    while True:
+        for _, reply in ranks.receive(source=0):
+            return reply
+        pause()
+
+
+class _OwnWorker(threading.Thread):
+    """Rank 0's evaluating thread: shards in through one queue, reports out through another."""
+
+    def __init__(
+        self, evaluator: Evaluator, grid: Grid, stop: Callable[[], bool], prepare: Callable[[], None]
+    ):
+        super().__init__(name="distsurf-evaluator", daemon=True)
+        self.shards: queue.SimpleQueue[Shard | Order] = queue.SimpleQueue()
+        self.reports: queue.SimpleQueue[Report | Exception] = queue.SimpleQueue()
+        self._evaluator, self._grid, self._stop, self._prepare = evaluator, grid, stop, prepare
+
+    def run(self) -> None:
+        try:
+            columns = len(self._evaluator.columns)
+            self._prepare()
+            self.reports.put(_first_report(columns))
+            while isinstance(shard := self.shards.get(), Shard):
+                self.reports.put(evaluate_shard(self._evaluator, self._grid, shard, columns, self._stop))
+        except (
+            Exception
+        ) as error:  # a thread's exception would otherwise leave the main loop waiting for ever
+            self.reports.put(error)
+
+    def arrived(self) -> list[tuple[int, Report]]:
+        """Reports since the last call, as from rank 0. Raises what broke the thread."""
+        reports = []
+        while not self.reports.empty():
+            report = self.reports.get()
+            if isinstance(report, Exception):
+                raise report
+            reports.append((0, report))
+        return reports
+
+
+def coordinate(
+    ranks: Ranks,
+    evaluator: Evaluator,
+    grid: Grid,
+    plan: Plan,
+    recorder: Recorder,
+    *,
+    stop: Callable[[], bool],
+    on_progress: Callable[[int, int], None] = lambda done, failed: None,
+    prepare_thread: Callable[[], None] = lambda: None,
+    commit_seconds: float = 1.0,
+    shard_seconds: float = 1.0,
+) -> dict[int, str]:
+    """Rank 0: coordinate all ranks, evaluate too, record what comes in. Returns the points given up, with reasons.
+
+    ``prepare_thread`` runs in the evaluating thread first (thread counts and devices are settings of a thread).
+    ``on_progress`` is told how many points were recorded and how many given up. Everything is committed on return.
+    """
+    coordinator = Coordinator(plan, grid.size, ranks.size, shard_seconds=shard_seconds)
+    own = _OwnWorker(evaluator, grid, stop, prepare_thread)
+    own.start()
+    recorded = 0
+    leaving: set[int] = set()
+    committed_at = time.monotonic()
+    pause = Pause()
+    try:
+        while len(leaving) < ranks.size:
+            reports = ranks.receive() + own.arrived()
+            for worker, report in reports:
+                new = coordinator.result(worker, report.points, report.values, report.seconds)
+                if new.any():
+                    recorder.record(report.points[new], report.values[new], report.seconds[new])
+                    recorded += int(new.sum())
+                for point, reason in report.failures:
+                    if coordinator.failure(worker, point, reason):
+                        recorder.record_failure(point, reason)
+                if report.is_leaving:
+                    coordinator.stop()
+                coordinator.request(worker)
+            if stop():
+                coordinator.stop()
+            for worker, reply in coordinator.replies():
+                if reply is Order.STOP:
+                    leaving.add(worker)
+                if worker == 0:
+                    own.shards.put(reply)
+                else:
+                    ranks.send(worker, reply)
+            if time.monotonic() - committed_at >= commit_seconds:
+                recorder.commit()
+                committed_at = time.monotonic()
+            if reports:
+                on_progress(recorded, len(coordinator.failed))
+                pause.reset()
+            else:
+                pause()
+    except BaseException:
+        for worker in set(range(1, ranks.size)) - leaving:
+            ranks.send(worker, Order.STOP)
+        raise
+    finally:
+        own.shards.put(Order.STOP)
+        recorder.commit()
+    own.join()
+    return coordinator.failed

@@ -1,0 +1,315 @@
+"""The job: a TOML file, validated and typed, that says which surface is to be evaluated and how.
+
+Job files may name Python callables, so a job file is code: run only those whose origin you trust. Paths are relative
+to the folder in which the command is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from distsurf.errors import InputError
+from distsurf.grid import Grid
+from distsurf.names import nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LIVE = "live:"
+"""What stands before the name of an object that a script passed: such a job cannot be run from its text alone."""
+
+
+class Section(BaseModel):
+    """A table of the job file. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The network and its weights."""
+
+    factory: str
+    """A name (``resnet8``), ``torchvision:NAME``, ``package.module:callable`` or ``file.py:callable``."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of the factory."""
+    checkpoint: str | None = None
+    """A state dict, torch or safetensors; without one the model keeps the weights that the factory gave it."""
+    checkpoint_key: str | None = None
+    """The checkpoint's entry that holds the state dict."""
+    allow_pickle: bool = False
+    """Load checkpoints that hold more than tensors. They can run code."""
+
+
+class TrainSection(Section):
+    """How to train the model if its checkpoint does not exist yet (SGD with Nesterov momentum)."""
+
+    split: str = "train"
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    shift: Annotated[int, Field(ge=0)] = 0
+    """Random shifts of the images by up to so many pixels."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class DataSection(Section):
+    """The data that the loss is a mean over."""
+
+    source: str
+    """A name (``digits``), ``package.module:callable`` or ``file.py:callable`` that returns the data."""
+    arguments: dict[str, Any] = {}
+    splits: list[str] | None = None
+    """Which splits to evaluate; all that the source gives if left out."""
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    target: str | None = None
+    """For dict batches: the entry that holds the targets."""
+
+
+class TermSection(Section):
+    """A loss or metric with parameters; ``as`` renames its column."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+    name: str
+    column: Annotated[str | None, Field(alias="as")] = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Everything given beside ``name`` and ``as``."""
+        return dict(self.model_extra or {})
+
+
+class ObjectiveSection(Section):
+    """What is measured at every point."""
+
+    loss: str | TermSection | list[str | TermSection] = "cross_entropy"
+    """One loss or several, by name or as ``module:callable``; the first one's column is called ``loss``."""
+    metrics: list[str | TermSection] | None = None
+    """Left out: accuracy for classification losses, none for others."""
+    function: str | None = None
+    """``module:callable`` ``(model, batch) -> {name: (sum, count)}`` in place of losses and metrics."""
+    batch_norm: Literal["frozen"] = "frozen"
+    """Batch-norm statistics: ``frozen`` keeps the stored ones."""
+
+    @property
+    def losses(self) -> list[TermSection]:
+        """The losses, each as a table."""
+        return _as_terms(self.loss if isinstance(self.loss, list) else [self.loss])
+
+    @model_validator(mode="after")
+    def _has_loss(self) -> ObjectiveSection:
+        if self.loss == []:
+            raise ValueError("at least one loss is needed")
+        return self
+
+
+def _as_terms(terms: Iterable[str | TermSection]) -> list[TermSection]:
+    return [TermSection(name=term) if isinstance(term, str) else term for term in terms]
+
+
+class DirectionsSection(Section):
+    """The directions that span the surface."""
+
+    kind: Literal["random"] = "random"
+    normalization: Literal["filter", "layer", "weight", "none"] = "filter"
+    ignore: Literal["bias_bn", "none"] = "bias_bn"
+    seed: Annotated[int, Field(ge=0)] = 0
+    orthogonalize: bool = False
+
+
+class GridSection(Section):
+    """The coordinates, ``min:max:count`` per axis."""
+
+    x: str
+    y: str | None = None
+    z: str | None = None
+
+    def grid(self) -> Grid:
+        """The grid itself. Raises InputError if an axis cannot be read."""
+        return Grid.parse({"x": self.x, "y": self.y, "z": self.z})
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> GridSection:
+        try:
+            self.grid()
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class RunSection(Section):
+    """How to compute: what is here may change speed and last digits, never the meaning."""
+
+    precision: Literal["fp32", "fp64"] = "fp32"
+    """fp32 is strict: no TF32."""
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads per rank; 0 divides the cores among the ranks of a node."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Random state at every point, for models that draw random numbers in evaluation."""
+
+
+class OutputSection(Section):
+    """Where the results go."""
+
+    file: str | None = None
+    """The surface file; left out: ``runs/NAME/surface.h5``. Pictures go beside it."""
+    pictures: bool = True
+
+
+class Job(Section):
+    """A validated job. ``Job.load`` reads a file, ``Job.read`` a text."""
+
+    name: str = "surface"
+    model: ModelSection
+    train: TrainSection | None = None
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    directions: DirectionsSection = DirectionsSection()
+    grid: GridSection
+    run: RunSection = RunSection()
+    output: OutputSection = OutputSection()
+
+    @field_validator("name")
+    @classmethod
+    def _is_file_name(cls, name: str) -> str:
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError("the name becomes a folder's name: no '/', no leading '.', not empty")
+        return name
+
+    @model_validator(mode="after")
+    def _trains_into_checkpoint(self) -> Job:
+        if self.train is not None and self.model.checkpoint is None:
+            raise ValueError("[train] needs model.checkpoint, the file to keep the trained weights in")
+        return self
+
+    @classmethod
+    def load(cls, path: Path, overrides: Iterable[str] = ()) -> Job:
+        """Read a job file; ``overrides`` are texts ``section.key=value``. Raises InputError."""
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise InputError(f"job file {path} cannot be read: {reason}") from error
+        return cls.read(text, overrides, origin=str(path))
+
+    @classmethod
+    def read(cls, text: str, overrides: Iterable[str] = (), origin: str = "job") -> Job:
+        """Read a job from TOML text. Raises InputError."""
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{origin} is not TOML: {error}") from error
+        for override in overrides:
+            _override(table, override)
+        return cls.build(table, origin)
+
+    @classmethod
+    def build(cls, table: Mapping[str, Any], origin: str = "job") -> Job:
+        """Validate nested tables. Raises InputError with everything that is wrong, in one line."""
+        try:
+            return cls.model_validate(table)
+        except ValidationError as error:
+            raise InputError(f"{origin}: {'; '.join(_complaints(error))}") from None
+
+    def to_toml(self) -> str:
+        """The whole job as TOML, defaults included; `read` gives the same job back."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True, by_alias=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything in the job that values depend on (not its name, output or placement)."""
+        told = self.model_dump(
+            mode="json", by_alias=True, exclude={"name": True, "output": True, "train": True}
+        )
+        for key in ("device", "threads"):
+            del told["run"][key]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def losses(self) -> list[TermSection]:
+        """The losses, each as a table."""
+        return self.objective.losses
+
+    @property
+    def metrics(self) -> list[TermSection] | None:
+        """The metrics, each as a table; None if the loss decides."""
+        return None if self.objective.metrics is None else _as_terms(self.objective.metrics)
+
+    @property
+    def path(self) -> Path:
+        """The surface file."""
+        return Path(self.output.file or Path("runs", self.name, "surface.h5"))
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    """Apply ``section.key=value``; the value is TOML, or else a string as it stands."""
+    key, separator, value = text.partition("=")
+    *sections, last = key.strip().split(".")
+    if not separator or not last:
+        raise InputError(
+            f"--set {text!r} cannot be read: expected section.key=value, for example grid.x=-1:1:21"
+        )
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise InputError(f"--set {text!r}: {section} is a value, not a section")
+    try:
+        table[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = value.strip()
+
+
+def _complaints(error: ValidationError) -> list[str]:
+    """What is wrong, once per place. Of a union's members, only the one that came furthest is heard."""
+    by_place = {tuple(_place(e)): e for e in reversed(error.errors())}
+    innermost = [p for p in by_place if not any(q != p and q[: len(p)] == p for q in by_place)]
+    return [_complaint(list(place), by_place[place]) for place in reversed(innermost)]
+
+
+def _place(error: Any) -> list[str]:
+    """The keys that lead to an error; pydantic puts the types of a union's members between them."""
+    return [
+        str(p) for p in error["loc"] if isinstance(p, int) or (p.isidentifier() and p not in _UNION_MEMBERS)
+    ]
+
+
+def _complaint(place: list[str], error: Any) -> str:
+    """One validation error in words: where, what was given, what is allowed."""
+    where = ".".join(place) or "the job"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(place[:-1])
+        return f"unknown key {where}: {nearest(place[-1], known)}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    if place and place[0] == "objective" and place[1:2] in (["loss"], ["metrics"]):
+        return f"{where} = {error['input']!r}: expected a name, or a table with a name, for example 'mse'"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    given = error["input"]
+    if error["type"] == "value_error" or isinstance(given, (dict, BaseModel)):
+        return f"{where}: {message}"
+    return f"{where} = {given!r}: {message.replace('input should be', 'expected')}"
+
+
+_UNION_MEMBERS = frozenset({"str", "TermSection"})
+
+
+def _known_keys(place: list[str]) -> list[str]:
+    section: Any = Job
+    for name in place:
+        annotation = section.model_fields[name].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,427 @@
+"""The main job: evaluate a surface, in one process or on many ranks.
+
+    mpirun -n 8 python -m distsurf.run [JOB.toml] [--out FILE.h5] [--set section.key=value]… [--fresh]
+
+`evaluate` is the same for Python scripts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import nn
+
+import distsurf
+from distsurf import assemble
+from distsurf.assemble import Live, Say
+from distsurf.distribute.coordinator import FullPlan
+from distsurf.distribute.parcel import distribute
+from distsurf.distribute.placement import Placement, place
+from distsurf.distribute.ranks import Ranks, connect
+from distsurf.distribute.signals import StopRequest
+from distsurf.distribute.work import coordinate, work
+from distsurf.errors import Incomplete, InputError
+from distsurf.evaluator import Column
+from distsurf.files import replacing
+from distsurf.job import LIVE, Job
+from distsurf.objective.data import Split
+from distsurf.objective.evaluator import DTYPES, ModelEvaluator
+from distsurf.objective.losses import Objective
+from distsurf.progress import Mode, Progress, duration
+from distsurf.subspace import Layout, Subspace, Tensors, cosine, normalize, orthogonalize, random_direction
+from distsurf.surface import Status, Surface, SurfaceFile
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    loss: Any = "cross_entropy",
+    *,
+    x: str = "-1:1:51",
+    y: str | None = None,
+    z: str | None = None,
+    seed: int = 0,
+    metrics: list[str | dict[str, Any]] | None = None,
+    objective: Objective | None = None,
+    normalization: str = "filter",
+    ignore: str = "bias_bn",
+    orthogonalize: bool = False,
+    batch_size: int = 128,
+    target: str | None = None,
+    precision: str = "fp32",
+    device: str = "auto",
+    threads: int = 0,
+    name: str = "surface",
+    out: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+    progress: Mode = "auto",
+) -> Surface:
+    """Evaluate a model's loss surface; the same call in one process and, on every rank, under mpirun.
+
+    Args:
+        model: any module; it is given back as it was. Under MPI, rank 0's weights count.
+        data: a tuple of tensors ``(inputs, targets)``, a torch ``Dataset`` or ``DataLoader``, an iterable of
+            batches (tuples or dicts), or a mapping from split names to any of these. Under MPI, rank 0's counts.
+        loss: a name, a callable ``(outputs, targets) -> tensor``, or a list of those.
+        x, y, z: axes as ``min:max:count``.
+        seed: of the random directions.
+        metrics: names; left out, accuracy for classification losses.
+        objective: a callable ``(model, batch) -> {name: (sum, count)}`` in place of loss and metrics.
+        out: a surface file to write, and to continue from if it is there; without it the result is in memory only.
+        fresh: start anew even if ``out`` exists (the old file is kept under another name).
+
+    The other arguments are those of a job file. Returns the surface, on every rank. Raises InputError for what
+    cannot be used, and Incomplete, with what was computed in its ``surface``, if not every point got a value.
+    """
+    losses = loss if isinstance(loss, list) else [loss]
+    own = tuple(None if isinstance(term, (str, dict)) else term for term in losses)
+    named = [
+        term if callable_ is None else f"{LIVE}{assemble.describe_callable(callable_)}"
+        for term, callable_ in zip(losses, own, strict=True)
+    ]
+    described: dict[str, Any] = {"loss": named, "metrics": metrics}
+    if objective is not None:
+        described = {"function": f"{LIVE}{assemble.describe_callable(objective)}"}
+    job = Job.build(
+        {
+            "name": name,
+            "model": {"factory": f"{LIVE}{type(model).__qualname__}"},
+            "data": {"source": f"{LIVE}{type(data).__name__}", "batch_size": batch_size, "target": target},
+            "objective": described,
+            "directions": {
+                "normalization": normalization,
+                "ignore": ignore,
+                "seed": seed,
+                "orthogonalize": orthogonalize,
+            },
+            "grid": {"x": x, "y": y, "z": z},
+            "run": {"precision": precision, "device": device, "threads": threads},
+        },
+        origin="evaluate",
+    )
+    ranks = connect()
+    try:
+        live = Live(model, data, own, objective)
+        return run(
+            job, ranks, live=live, out=None if out is None else Path(out), fresh=fresh, progress=progress
+        )
+    finally:
+        ranks.close()
+
+
+@dataclass
+class _Work:
+    """What rank 0 prepares and every rank needs; its arrays travel once."""
+
+    subspace: Subspace
+    buffers: dict[str, torch.Tensor]
+    splits: list[Split]
+
+
+def run(
+    job: Job,
+    ranks: Ranks,
+    *,
+    live: Live | None = None,
+    out: Path | None,
+    fresh: bool = False,
+    progress: Mode = "auto",
+    say: Say = lambda line: None,
+) -> Surface:
+    """Evaluate a job's surface on these ranks and return it on every rank.
+
+    Results go to the file ``out``, which is continued if it is there; None keeps them in memory. ``say`` gets lines
+    for the user, on rank 0. Raises InputError, and Incomplete if some points got no value; both on every rank.
+    """
+    if ranks.rank != 0:
+        say = lambda line: None  # noqa: E731
+    grid = job.grid.grid()
+    with ranks.together():
+        assemble.check_names(job)
+        if ranks.rank == 0 and out is not None:
+            _require_writable(out)
+    placement = place(ranks, job.run.device, job.run.threads)
+    say(placement.summary)
+    with ranks.together():
+        model = assemble.build_model(job, live)
+        objective = assemble.build_objective(job, live)
+    with _threads_of_the_process():
+        prepared = None
+        with ranks.together():
+            if ranks.rank == 0:
+                prepared = _prepare(job, model, live, placement, say)
+        shared = distribute(ranks, prepared)
+        del prepared  # on rank 0 the originals: from here on the copy that all ranks share is used
+        placement.apply()
+        with StopRequest() as stop, contextlib.ExitStack() as stack:
+            with ranks.together():
+                evaluator = stack.enter_context(
+                    ModelEvaluator(
+                        model,
+                        shared.subspace,
+                        shared.buffers,
+                        shared.splits,
+                        objective,
+                        batch_size=job.data.batch_size,
+                        device=placement.device,
+                        precision=job.run.precision,
+                        seed=job.run.seed,
+                        stop=stop,
+                    )
+                )
+            surface = None
+            with ranks.together():
+                if ranks.rank == 0:
+                    with _open(
+                        job, live, model, objective, shared, evaluator.columns, placement, out, fresh, say
+                    ) as file:
+                        surface = _coordinate(
+                            ranks, evaluator, file, placement, stop, shared.splits, progress, say
+                        )
+                else:
+                    work(ranks, evaluator, grid, stop)
+            surface = ranks.broadcast(surface)
+            reason = ranks.broadcast(stop.reason)
+    surface.is_writer = ranks.rank == 0
+    if not surface.complete:
+        raise Incomplete(_what_is_missing(surface, reason, out), surface)
+    return surface
+
+
+def _prepare(job: Job, model: nn.Module, live: Live | None, placement: Placement, say: Say) -> _Work:
+    """Rank 0: data, weights and directions."""
+    splits = assemble.build_splits(job, live)
+    assemble.load_weights(job, model, splits, placement.device, say)
+    tensors = Tensors.of(model)
+    layout = Layout.of(tensors.parameters)
+    # float64 weights keep their digits only where they are asked for; else every model is evaluated in float32.
+    dtype = np.dtype(np.float64 if DTYPES[job.run.precision] is torch.float64 else np.float32)
+    center = layout.flatten(list(tensors.parameters.values()), dtype)
+    for name, view in zip(layout.names, layout.views(center), strict=True):
+        if not np.isfinite(view).all():
+            raise InputError(f"the weights are not finite: parameter {name} holds NaN or infinity")
+    directions: tuple[np.ndarray, ...] = ()
+    wish = job.directions
+    for axis in range(len(job.grid.grid().axes)):
+        direction = normalize(
+            random_direction(layout, wish.seed, axis),
+            center,
+            layout,
+            how=wish.normalization,
+            ignore=wish.ignore,
+        )
+        if wish.orthogonalize:
+            direction = orthogonalize(direction, directions)
+        if not direction.any():
+            raise InputError(
+                f"direction {axis + 1} is zero everywhere: with ignore = {wish.ignore!r} and normalization = "
+                f"{wish.normalization!r} nothing of this model moves; try ignore = 'none'"
+            )
+        directions += (direction,)
+    buffers = {name: buffer.detach().clone() for name, buffer in tensors.buffers.items()}
+    return _Work(Subspace(layout, center, directions), buffers, assemble.wanted_splits(job, splits))
+
+
+def _coordinate(
+    ranks: Ranks,
+    evaluator: ModelEvaluator,
+    file: SurfaceFile,
+    placement: Placement,
+    stop: StopRequest,
+    splits: list[Split],
+    progress: Mode,
+    say: Say,
+) -> Surface:
+    """Rank 0: evaluate what the file does not have yet."""
+    done = np.isin(file.status().ravel(), (Status.EVALUATED, Status.INTERPOLATED))
+    order = file.grid.coarse_to_fine()
+    missing = order[~done[order]]
+    samples = sum(split.samples for split in splits)
+    if done.any():
+        say(f"{file.path} has {int(done.sum()):,} of {file.grid.size:,} points; {len(missing):,} to go")
+    start = time.monotonic()
+    shown = Progress(file.grid.size, int(done.sum()), samples, mode=progress)
+    try:
+        coordinate(
+            ranks,
+            evaluator,
+            file.grid,
+            FullPlan(missing),
+            file,
+            stop=stop,
+            on_progress=shown,
+            prepare_thread=placement.apply,
+        )
+    finally:
+        shown.close()
+    surface = file.read()
+    evaluated = surface.count(Status.EVALUATED) - int(done.sum())
+    if evaluated:
+        seconds = time.monotonic() - start
+        say(
+            f"{evaluated:,} points × {samples:,} samples in {duration(seconds)}: {evaluated / seconds:,.3g} points/s, "
+            f"{evaluated * samples / seconds:,.0f} samples/s"
+        )
+    return surface
+
+
+def _open(
+    job: Job,
+    live: Live | None,
+    model: nn.Module,
+    objective: Objective,
+    shared: _Work,
+    columns: tuple[Column, ...],
+    placement: Placement,
+    out: Path | None,
+    fresh: bool,
+    say: Say,
+) -> SurfaceFile:
+    """The surface file of this job: the one that is there, if it is this job's, or a new one."""
+    grid = job.grid.grid()
+    fingerprint = {
+        "model": assemble.describe_model(model),
+        **shared.subspace.fingerprints(),
+        "buffers": assemble.digest([repr(list(shared.buffers)).encode(), *_numpy(shared.buffers)]),
+        "data": assemble.describe_data(shared.splits),
+        "objective": assemble.describe_objective(job, live, objective),
+        "batch_size": str(job.data.batch_size),
+        "grid": str(grid),
+        "precision": job.run.precision,
+        "seed": str(job.run.seed),
+    }
+    if out is not None and out.exists() and not fresh:
+        file = SurfaceFile.open(out, write=True)
+        try:
+            file.require(fingerprint)
+            if [c.name for c in file.columns] != [c.name for c in columns]:
+                raise InputError(
+                    f"{out} has columns {[c.name for c in file.columns]}, this job {[c.name for c in columns]}"
+                )
+        except BaseException:
+            file.close()
+            raise
+        _mention_other_conditions(file.facts, _conditions(placement), say)
+        return file
+    facts = {
+        **_conditions(placement),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "placement": placement.summary,
+        "job_fingerprint": job.fingerprint,
+        "name": job.name,
+        "parameters": shared.subspace.layout.count,
+        "samples": {split.name or "data": split.samples for split in shared.splits},
+        "cosines": _cosines(shared.subspace),
+    }
+    about: dict[str, Any] = {"job": job.to_toml(), "fingerprint": fingerprint, "facts": facts}
+    if out is None:
+        return SurfaceFile.memory(grid, columns, **about)
+    if out.exists():
+        say(f"the old {out} is kept as {_set_aside(out)}")
+    return SurfaceFile.create(out, grid, columns, **about)
+
+
+def _numpy(buffers: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
+    return [
+        buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        for buffer in buffers.values()
+    ]
+
+
+def _conditions(placement: Placement) -> dict[str, Any]:
+    """What values do not depend on in meaning, but may in their last digits."""
+    return {
+        "distsurf": distsurf.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "hdf5": h5py.version.hdf5_version,
+        "python": platform.python_version(),
+        "device": placement.device.type,
+        "threads": placement.threads,
+    }
+
+
+def _mention_other_conditions(then: Mapping[str, Any], now: Mapping[str, Any], say: Say) -> None:
+    changed = [
+        f"{key} {then[key]} then, {now[key]} now"
+        for key in ("torch", "device", "threads")
+        if then.get(key) != now[key]
+    ]
+    if changed:
+        say(f"note: the file was begun under other conditions ({'; '.join(changed)}); last digits may differ")
+
+
+def _cosines(subspace: Subspace) -> dict[str, float]:
+    """Cosines of the angles between the directions, by pair of axes."""
+    axes = "xyz"[: subspace.dimension]
+    return {
+        axes[i] + axes[j]: cosine(subspace.directions[i], subspace.directions[j])
+        for i in range(subspace.dimension)
+        for j in range(i + 1, subspace.dimension)
+    }
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a file to the first free ``NAME.old-N.SUFFIX`` beside it."""
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(kept)
+    return kept
+
+
+def _require_writable(path: Path) -> None:
+    """Raise InputError now rather than after the training if the output's folder cannot be written."""
+    if path.is_dir():
+        raise InputError(f"the output {path} is a folder; give a file, for example {path / 'surface.h5'}")
+    with contextlib.suppress(_Discard), replacing(path):
+        raise _Discard
+
+
+class _Discard(Exception):
+    pass
+
+
+def _what_is_missing(surface: Surface, reason: str, out: Path | None) -> str:
+    done, failed = surface.count(Status.EVALUATED), surface.count(Status.FAILED)
+    parts = [f"{done:,} of {surface.grid.size:,} points evaluated"]
+    if failed:
+        point, why = next(iter(surface.failures.items()), (-1, "unknown"))
+        where = ", ".join(f"{c:g}" for c in surface.grid.coordinates_of(point)) if point >= 0 else "?"
+        parts.append(f"{failed:,} failed; at ({where}): {why}")
+    if reason:
+        parts.append(f"stopped by {reason}")
+    kept = "the same call continues it" if out is not None else "the exception's .surface has them"
+    return f"{'; '.join(parts)}. {f'{out} is saved, ' if out else ''}{kept}"
+
+
+@contextlib.contextmanager
+def _threads_of_the_process() -> Any:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``python -m distsurf.run``: the verb ``run`` of the command line."""
+    from distsurf import cli
+
+    return cli.main(["run", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
