@@ -46,6 +46,10 @@ distsurf evaluates the loss surface of a neural network on a grid, on one core o
 Exit codes: 0 complete, 1 bad input, 3 incomplete but saved, 4 damaged file."""
 
 
+PICTURES = {"contour": "contour", "surface": "3d", "curves": "curves", "slices": "slices"}
+"""What a picture's file is called after, by kind."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, with exit code 1, like all bad input."""
 
@@ -211,7 +215,7 @@ def _draw(surface: Surface, out: Path) -> list[Path]:
     column = surface.main_column
     paths = []
     for kind in kinds:
-        path = out.with_name(f"{out.stem}_{kind}.png")
+        path = out.with_name(f"{out.stem}_{PICTURES[kind]}.png")
         surface.plot(column, path, kind=kind)
         paths.append(path)
     return paths
@@ -267,7 +271,7 @@ def _plot(options: argparse.Namespace) -> int:
     column = surface.main_column if options.column == "loss" else options.column
     kind = options.kind or {1: "curves", 2: "contour", 3: "slices"}[len(surface.grid.axes)]
     suffix = "" if column == surface.main_column else f"_{surface.column(column).name}"
-    path = options.output or options.file.with_name(f"{options.file.stem}_{kind}{suffix}.png")
+    path = options.output or options.file.with_name(f"{options.file.stem}_{PICTURES[kind]}{suffix}.png")
     settings = {"title": options.title, "log": options.log}
     surface.plot(
         column, path, kind=kind, **{key: value for key, value in settings.items() if value is not None}

@@ -71,7 +71,7 @@ class Axis:
         return values
 
     def __str__(self) -> str:
-        return f"{self.low:.17g}:{self.high:.17g}:{self.count}"
+        return f"{_shortest(self.low)}:{_shortest(self.high)}:{self.count}"
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,11 @@ class Grid:
 
     def __str__(self) -> str:
         return " ".join(f"{name}={axis}" for name, axis in zip(self.names, self.axes, strict=True))
+
+
+def _shortest(number: float) -> str:
+    """The shortest text that reads back as the same number."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def _bisection_levels(count: int) -> NDArray[np.int16]:

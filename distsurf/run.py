@@ -313,7 +313,8 @@ def _open(
         except BaseException:
             file.close()
             raise
-        _mention_other_conditions(file.facts, _conditions(placement), say)
+        if np.any(file.status() == Status.PENDING):
+            _mention_other_conditions(file.facts, _conditions(placement), say)
         return file
     facts = {
         **_conditions(placement),

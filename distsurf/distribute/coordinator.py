@@ -94,7 +94,7 @@ class Coordinator:
         self._max_attempts = max_attempts
         self._recorded = np.zeros(size, dtype=bool)
         self._alive = set(range(workers))
-        self._asking: deque[int] = deque()
+        self._asking: dict[int, None] = {}  # in the order of asking
         self._held: dict[int, set[int]] = {}
         self._seconds_per_point: dict[int, float] = {}
         self._retries: deque[_Retry] = deque()
@@ -109,8 +109,7 @@ class Coordinator:
         """A worker has nothing to do. What it still held unreported goes back to be done."""
         for point in sorted(self._held.pop(worker, ())):
             self._retries.append(_Retry(point, set()))
-        if worker not in self._asking:
-            self._asking.append(worker)
+        self._asking.setdefault(worker)
 
     def result(
         self, worker: int, points: Points, values: NDArray[np.float64], seconds: NDArray[np.float64]
@@ -122,7 +121,7 @@ class Coordinator:
         for point in points[new]:
             self.failed.pop(int(point), None)
         if len(points):
-            self._learn_speed(worker, float(np.mean(seconds)))
+            self._learn_speed(worker, float(seconds.sum()) / len(seconds))
             self._plan.tell(points[new], values[new])
         return new
 
@@ -143,7 +142,7 @@ class Coordinator:
     def lose(self, worker: int) -> None:
         """A worker is gone: what it held is done by others."""
         self.request(worker)
-        self._asking.remove(worker)
+        del self._asking[worker]
         self._alive.discard(worker)
 
     def stop(self) -> None:
@@ -155,17 +154,15 @@ class Coordinator:
     def replies(self) -> list[tuple[int, Shard | Order]]:
         """Answers for the workers that ask and can be answered now, in the order of asking."""
         answers: list[tuple[int, Shard | Order]] = []
-        for _ in range(len(self._asking)):
-            worker = self._asking.popleft()
+        for worker in self._asking:
             if self._stopping or self.finished:
                 answers.append((worker, Order.STOP))
-                continue
-            points = self._next_points(worker)
-            if len(points):
+            elif len(points := self._next_points(worker)):
                 self._held[worker] = set(points.tolist())
                 answers.append((worker, Shard(points)))
-            else:
-                self._asking.append(worker)  # points held by others may yet come back
+            # else it goes on asking: points held by others may yet come back
+        for worker, _ in answers:
+            del self._asking[worker]
         return answers
 
     @property

@@ -187,13 +187,16 @@ class SurfaceFile:
     def _write_failures(self, failures: Mapping[int, str]) -> None:
         if not failures:
             return
-        recorded = self._h5["failures/point"][:]
-        # A slot is free if it was never used or speaks of a point that has succeeded since.
+        recorded = self._h5["failures/point"][:].tolist()
         status = self._h5["status"][...].ravel()
-        free = [i for i, p in enumerate(recorded) if p < 0 or p in failures or status[p] != Status.FAILED]
-        for slot, (point, reason) in zip(free, failures.items(), strict=False):
-            self._h5["failures/point"][slot] = point
-            self._h5["failures/reason"][slot] = _cut(reason)
+        slot_of = {point: slot for slot, point in enumerate(recorded) if point >= 0}
+        # A slot is free if it was never used or speaks of a point that has succeeded since.
+        free = [i for i, p in enumerate(recorded) if p < 0 or (p not in failures and status[p] != Status.FAILED)]
+        for point, reason in failures.items():
+            slot = slot_of[point] if point in slot_of else free.pop(0) if free else None
+            if slot is not None:  # the table is full: the point is marked failed all the same
+                self._h5["failures/point"][slot] = point
+                self._h5["failures/reason"][slot] = reason.encode()[:REASON_BYTES]
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -272,10 +275,6 @@ class SurfaceFile:
             except (KeyError, ValueError) as error:
                 problems.append(f"the attribute {text} cannot be read: {error}")
         return problems
-
-
-def _cut(reason: str) -> bytes:
-    return reason.encode()[:REASON_BYTES]
 
 
 def _lay_out(
