@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,20 +133,45 @@ def load_weights(
 
 
 def describe_callable(function: Any) -> str:
-    """A callable's name and a digest of its source, so that a changed one is another objective."""
+    """A callable's name and a digest of its source and settings, so that a changed one is another objective."""
+    if isinstance(function, nn.Module):
+        return describe_model(function)
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    try:
-        source = inspect.getsource(function if hasattr(function, "__qualname__") else type(function))
-    except (OSError, TypeError):
-        source = getattr(getattr(function, "__code__", None), "co_code", b"").hex()
-    # A module's or partial's settings are in its representation, unless that is an address.
-    shown = "" if " at 0x" in repr(function) else repr(function)
-    return f"{name}@{digest([source.encode(), shown.encode()])}"
+    code = getattr(function, "__code__", None)
+    # Two lambdas of one line have one source; their constants and names tell most of those apart.
+    inside = (_simple(code.co_consts), code.co_names) if code is not None else ()
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    settings = (inside, _simple(cells), _simple(getattr(function, "__defaults__", None) or ()))
+    own = {} if code is not None else {k: v for k, v in vars(function).items() if _is_simple(v)}
+    return f"{name}@{digest([_source(function).encode(), repr((settings, own)).encode()])}"
 
 
 def describe_model(model: nn.Module) -> str:
-    """A model's class and a digest of its structure."""
-    return f"{type(model).__name__}@{hashlib.sha256(repr(model).encode()).hexdigest()[:16]}"
+    """A model's class and a digest of its structure: its modules' settings and the source of the user's own."""
+    parts = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        source = "" if kind.__module__.startswith("torch.") else _source(kind)
+        own = {k: v for k, v in sorted(vars(module).items()) if _is_simple(v) and k != "training"}
+        parts.append(repr((name, kind.__qualname__, own, source)).encode())
+    return f"{type(model).__qualname__}@{digest(parts)}"
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, tuple):  # a list is state, and may change
+        return all(map(_is_simple, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _simple(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if _is_simple(value)]
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing if hasattr(thing, "__qualname__") else type(thing))
+    except (OSError, TypeError):  # built in, or typed at a prompt
+        return ""
 
 
 def describe_data(splits: list[Split]) -> str:

@@ -24,21 +24,23 @@ if TYPE_CHECKING:
     from distsurf.surface import Surface
 
 OVERVIEW = """\
-distsurf evaluates the loss surface of a neural network on a grid, on one core or many GPUs.
+The loss surface of a neural network on a grid, on one core or many GPUs.
 
-  distsurf run                      the built-in example: a small network on handwritten digits
-  mpirun -n 8 distsurf run my.toml  a job of your own, on 8 ranks; the same command continues it
-  distsurf status surface.h5        what is in a surface file, finished or not
-  distsurf plot surface.h5          draw it
-  distsurf check surface.h5         is the file sound and complete?
+  distsurf run                   the built-in example, on handwritten digits
+  distsurf run my.toml           a job of your own, in one process
+  mpirun -n 8 distsurf run my.toml   on 8 ranks; the same command continues it
+  distsurf status surface.h5     what is in a surface file, finished or not
+  distsurf plot surface.h5       draw it
+  distsurf check surface.h5      is the file sound and complete?
 
-`distsurf VERB --help` lists the options of a verb. A job file names a model, data and a grid:
+`distsurf VERB --help` lists a verb's options. A job file names a model, data
+and a grid (a job file can name Python code: run only those you trust):
 
   [model]
-  factory = "mynet.py:build"          # or resnet20, torchvision:resnet18, package.module:Class
+  factory = "mynet.py:build"     # or resnet20, torchvision:resnet18, a.b:Net
   checkpoint = "trained.pt"
   [data]
-  source = "mydata.py:splits"         # returns {"train": (images, labels), "test": ...}
+  source = "mydata.py:splits"    # returns {"train": (inputs, targets), ...}
   [grid]
   x = "-1:1:51"
   y = "-1:1:51"

@@ -1,0 +1,283 @@
+"""Real jobs under a real mpirun: same bits for any number of ranks, no hang, no spinning."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distsurf.surface import Status, Surface
+from tests.conftest import Processes
+
+NET = """
+import os, time
+import torch
+from torch import nn
+
+def rank():
+    return int(os.environ.get("PMI_RANK", 0))
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(384, 3))
+
+def data(n=257):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, 8, 8, generator=g)
+    return {"train": (x, torch.randint(3, (n,), generator=g)), "test": (x[:50], torch.zeros(50, dtype=torch.int64))}
+
+def net_broken_on_rank_2():
+    if rank() == 2:
+        raise OSError("this node has no such file")
+    return net()
+
+calls = 0
+
+def sick_on_rank_1(model, batch):
+    global calls
+    calls += 1
+    if rank() == 1 and calls > 10:  # healthy at first, so that it takes part
+        raise MemoryError("rank 1 is out of memory")
+    return slow(model, batch)
+
+def slow(model, batch):
+    time.sleep(0.02)
+    return {"loss": (model(batch[0]).square().sum(), len(batch[0]))}
+"""
+JOB = """
+name = "job"
+[model]
+factory = "net.py:net"
+[data]
+source = "net.py:data"
+batch_size = 64
+[run]
+threads = 1
+[grid]
+x = "-1:1:9"
+y = "-0.5:1:8"
+"""
+RUN = ("-m", "distsurf.run", "job.toml", "--no-pictures", "--progress", "none")
+
+
+@pytest.fixture
+def job(processes: Processes) -> Processes:
+    (processes.folder / "net.py").write_text(NET)
+    (processes.folder / "job.toml").write_text(JOB)
+    return processes
+
+
+def _values(path: Path) -> dict[str, Any]:
+    surface = Surface.load(path)
+    assert surface.complete
+    return {name: surface[name].tobytes() for name in surface.names}
+
+
+def test_same_bits_for_any_number_of_ranks(job: Processes) -> None:
+    surfaces = {}
+    for ranks in (0, 1, 2, 3, 8):
+        ended = job.python(*RUN, "--out", f"{ranks}.h5", ranks=ranks)
+        assert ended.code == 0, ended.err
+        surfaces[ranks] = _values(job.folder / f"{ranks}.h5")
+    assert all(surface == surfaces[0] for surface in surfaces.values())
+    fingerprints = {tuple(Surface.load(job.folder / f"{ranks}.h5").fingerprint.items()) for ranks in surfaces}
+    assert len(fingerprints) == 1
+
+
+def test_ctrl_c_saves_and_another_number_of_ranks_continues(job: Processes) -> None:
+    whole = job.python(*RUN, "--out", "whole.h5", "--set", "objective.function=net.py:slow", ranks=3)
+    assert whole.code == 0, whole.err
+    path = job.folder / "s.h5"
+    slow = (*RUN, "--out", path, "--set", "objective.function=net.py:slow")
+    running = job.start(*job.command(4), *slow)
+    _until(lambda: path.exists() and Surface.load(path).count(Status.EVALUATED) >= 5)
+    running.send_signal(signal.SIGINT)
+    stopped = job.end(running, timeout=30)
+    assert stopped.code == 3, stopped.err
+    assert "stopped by SIGINT" in stopped.err
+    assert "Traceback" not in stopped.err
+    done = Surface.load(path).count(Status.EVALUATED)
+    assert 5 <= done < 72
+    ended = job.python(*slow, ranks=2)
+    assert ended.code == 0, ended.err
+    assert f"{done} of 72 points" in ended.out
+    assert _values(path) == _values(job.folder / "whole.h5")
+
+
+def test_signal_to_one_rank_stops_the_job(job: Processes) -> None:
+    path = job.folder / "s.h5"
+    running = job.start(*job.command(3), *RUN, "--out", path, "--set", "objective.function=net.py:slow")
+    _until(lambda: path.exists() and Surface.load(path).count(Status.EVALUATED) >= 3)
+    victim = _ranks_of(running.pid)[1]
+    os.kill(victim, signal.SIGTERM)
+    stopped = job.end(running, timeout=30)
+    assert stopped.code == 3, stopped.err
+    assert Surface.load(path).count(Status.EVALUATED) >= 3
+
+
+def test_error_of_one_rank_ends_all_with_its_name(job: Processes) -> None:
+    ended = job.python(*RUN, "--set", "model.factory=net.py:net_broken_on_rank_2", ranks=4, timeout=60)
+    assert ended.code == 1
+    assert "distsurf: rank 2: " in ended.err
+    assert "OSError: this node has no such file" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_points_that_fail_on_one_rank_are_done_by_others(job: Processes) -> None:
+    healthy = job.python(*RUN, "--out", "a.h5", "--set", "objective.function=net.py:slow", ranks=2)
+    sick = job.python(*RUN, "--out", "b.h5", "--set", "objective.function=net.py:sick_on_rank_1", ranks=3)
+    assert healthy.code == 0, healthy.err
+    assert sick.code == 0, sick.err
+    assert _values(job.folder / "a.h5") == _values(job.folder / "b.h5")
+
+
+def test_bad_input_is_said_once(job: Processes) -> None:
+    ended = job.python(*RUN, "--set", "grid.x=1", ranks=3)
+    assert ended.code == 1
+    assert ended.err.count("distsurf:") == 1
+    assert "Traceback" not in ended.err
+
+
+SCRIPT = """
+import sys, torch, distsurf
+from net import net, data
+torch.manual_seed(0)
+model = net()
+surface = distsurf.evaluate(model, data(), x="-1:1:5", y="0:1:4", threads=1, progress="none")
+surface.save("script.h5")
+surface.plot(path="script.png")
+print(f"rank {int(__import__('os').environ.get('PMI_RANK', 0))} {surface['loss'].sum():.17g} {surface.is_writer}")
+"""
+
+
+def test_same_script_alone_and_under_mpirun(job: Processes) -> None:
+    (job.folder / "script.py").write_text(SCRIPT)
+    alone = job.python("script.py")
+    assert alone.code == 0, alone.err
+    values = _values(job.folder / "script.h5")
+    (job.folder / "script.h5").unlink()
+    together = job.python("script.py", ranks=3)
+    assert together.code == 0, together.err
+    total = alone.out.split()[2]
+    assert sorted(line.split()[1:] for line in together.out.splitlines()) == [
+        ["0", total, "True"], ["1", total, "False"], ["2", total, "False"]]
+    assert _values(job.folder / "script.h5") == values
+    assert (job.folder / "script.png").exists()
+
+
+WINDOW = """
+import numpy as np, torch
+from distsurf.distribute.parcel import distribute
+from distsurf.distribute.ranks import connect
+
+ranks = connect()
+value = None
+if ranks.rank == 0:
+    value = {"big": torch.arange(6_000_000.0), "half": torch.ones(3, dtype=torch.bfloat16), "flags": torch.tensor([True]),
+             "numpy": np.arange(5), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "text": ("a", [1])}
+got = distribute(ranks, value)
+assert got["big"].sum() == torch.arange(6_000_000.0).sum() and got["big"].data_ptr() % 64 == 0
+assert got["half"].dtype == torch.bfloat16 and got["half"].sum() == 3 and bool(got["flags"])
+assert np.array_equal(got["numpy"], np.arange(5)) and got["scalar"] == 2.5 and got["empty"].shape == (0, 3)
+assert got["text"] == ("a", [1])
+ranks.barrier()
+if ranks.rank == 1:
+    got["big"][3] = -1.0  # one copy per node: what one rank writes, the others see
+ranks.barrier()
+print(ranks.is_shared, float(got["big"][3]))
+ranks.close()
+"""
+
+
+def test_large_arrays_are_one_copy_per_node(job: Processes) -> None:
+    (job.folder / "window.py").write_text(WINDOW)
+    ended = job.python("window.py", ranks=3)
+    assert ended.code == 0, ended.err
+    assert ended.out.split() == ["True", "-1.0"] * 3
+
+
+WAITING = """
+import time
+from distsurf.distribute.ranks import connect
+
+ranks = connect()
+wall, cpu = time.monotonic(), time.process_time()
+if ranks.rank == 0:
+    time.sleep(2)
+ranks.broadcast("go")
+if ranks.rank == 0:
+    time.sleep(1)
+ranks.barrier()
+share = (time.process_time() - cpu) / (time.monotonic() - wall)
+print(f"{ranks.rank} {share:.4f}")
+ranks.close()
+"""
+
+
+def test_waiting_ranks_do_not_spin(job: Processes) -> None:
+    (job.folder / "waiting.py").write_text(WAITING)
+    ended = job.python("waiting.py", ranks=4)
+    assert ended.code == 0, ended.err
+    shares = [float(line.split()[1]) for line in ended.out.splitlines()]
+    assert len(shares) == 4
+    assert max(shares) < 0.1  # a spinning wait takes 1.0, or its share of a contended core
+
+
+def test_singletons_are_refused_with_the_remedy(job: Processes) -> None:
+    for launcher, remedy in (
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, "use the mpirun of that library"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "--mpi=pmi2"),
+    ):
+        ended = job.end(job.start(*job.command(0), *RUN, env=launcher))
+        assert ended.code == 1
+        assert "started 4 processes, but this one (0) sees a world of 1" in ended.err
+        assert remedy in ended.err
+        assert ended.err.count("distsurf:") == 1
+
+
+def test_missing_mpi_library_is_said_with_the_remedy(job: Processes) -> None:
+    environment = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
+    ended = job.end(job.start(*job.command(0), *RUN, env=environment))
+    assert ended.code == 1
+    assert "pip install 'distsurf[mpich]'" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_one_process_needs_no_mpi_library(job: Processes) -> None:
+    ended = job.end(job.start(*job.command(0), *RUN, env={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}))
+    assert ended.code == 0, ended.err
+
+
+def _until(condition: Any, seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "the condition never came true"
+        time.sleep(0.02)
+
+
+def _ranks_of(launcher: int) -> list[int]:
+    """The processes below a launcher that have a rank, in its order."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            ranks = [int(v.split(b"=")[1]) for v in environment if v.startswith(b"PMI_RANK=")]
+            if ranks and launcher in _ancestors(int(entry.name)):
+                found[ranks[0]] = int(entry.name)
+        except OSError:  # it ended meanwhile
+            continue
+    return [found[rank] for rank in sorted(found)]
+
+
+def _ancestors(process: int) -> Iterator[int]:
+    while process > 1:
+        process = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        yield process

@@ -1,0 +1,143 @@
+"""The coordinator driven by simulated workers: a clock made of a heap, no processes, no sleep."""
+
+from __future__ import annotations
+
+import heapq
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distsurf.distribute.coordinator import Coordinator, FullPlan, Order, Shard
+
+
+class Simulation:
+    """Workers of given speeds (seconds per point); failing and dying as told; counts every evaluation."""
+
+    def __init__(
+        self,
+        points: int,
+        speeds: list[float],
+        *,
+        failing: dict[int, int] | None = None,
+        dying: dict[int, int] | None = None,
+        stop_after: int | None = None,
+    ):
+        self.coordinator = Coordinator(FullPlan(np.arange(points)), points, len(speeds))
+        self.speeds = speeds
+        self.failing = dict(failing or {})  # point -> how many attempts fail
+        self.dying = dict(dying or {})  # worker -> shards until it dies
+        self.stop_after = stop_after
+        self.evaluations = np.zeros(points, int)
+        self.recorded = np.zeros(points, int)
+        self.tried_by: dict[int, list[int]] = {}
+        self.shards = 0
+        self.now = 0.0
+        self.busy = np.zeros(len(speeds))
+        self.stopped: set[int] = set()
+        self._events: list[tuple[float, int, int, np.ndarray | None]] = []
+
+    def run(self) -> Simulation:
+        for worker in range(len(self.speeds)):
+            self.coordinator.request(worker)
+        self._answer()
+        while self._events:
+            self.now, _, worker, points = heapq.heappop(self._events)
+            if points is None:
+                self.coordinator.lose(worker)
+            else:
+                self._report(worker, points)
+                self.coordinator.request(worker)
+            if self.stop_after is not None and self.recorded.sum() >= self.stop_after:
+                self.coordinator.stop()
+            self._answer()
+        return self
+
+    def _report(self, worker: int, points: np.ndarray) -> None:
+        self.evaluations[points] += 1
+        failed = [p for p in points.tolist() if self.failing.get(p, 0) > 0]
+        good = np.array([p for p in points.tolist() if p not in failed], np.int64)
+        new = self.coordinator.result(worker, good, good[:, None] * 1.0, np.full(len(good), self.speeds[worker]))
+        self.recorded[good[new]] += 1
+        for point in failed:
+            self.failing[point] -= 1
+            self.tried_by.setdefault(point, []).append(worker)
+            self.coordinator.failure(worker, point, "broken")
+
+    def _answer(self) -> None:
+        for worker, reply in self.coordinator.replies():
+            if reply is Order.STOP:
+                self.stopped.add(worker)
+                continue
+            assert isinstance(reply, Shard)
+            self.shards += 1
+            seconds = self.speeds[worker] * len(reply.points)
+            self.busy[worker] += seconds
+            dies = self.dying.get(worker) == 0
+            self.dying[worker] = self.dying.get(worker, -1) - 1
+            event = (self.now + seconds, self.shards, worker, None if dies else reply.points)
+            heapq.heappush(self._events, event)
+
+
+@settings(deadline=None)
+@given(
+    points=st.integers(1, 300),
+    speeds=st.lists(st.floats(0.001, 2.0), min_size=1, max_size=9),
+    failing=st.dictionaries(st.integers(0, 299), st.integers(1, 5), max_size=5),
+)
+def test_every_point_is_recorded_once_or_given_up(
+    points: int, speeds: list[float], failing: dict[int, int]
+) -> None:
+    failing = {p: n for p, n in failing.items() if p < points}
+    done = Simulation(points, speeds, failing=failing).run()
+    hopeless = {p for p, n in failing.items() if n >= 3}
+    assert set(done.coordinator.failed) == hopeless
+    assert all(done.recorded[p] == (p not in hopeless) for p in range(points))
+    assert all(done.evaluations[p] == min(failing.get(p, 0), 2) + 1 for p in range(points))
+    assert done.stopped == set(range(len(speeds)))
+
+
+def test_failed_point_is_tried_by_others() -> None:
+    done = Simulation(20, [1.0] * 4, failing={7: 3}).run()
+    assert len(set(done.tried_by[7])) == 3
+
+
+@settings(deadline=None)
+@given(
+    speeds=st.lists(st.floats(0.01, 1.0), min_size=2, max_size=8),
+    dying=st.dictionaries(st.integers(1, 7), st.integers(0, 5)),
+)
+def test_lost_workers_cost_at_most_the_shard_they_held(speeds: list[float], dying: dict[int, int]) -> None:
+    done = Simulation(200, speeds, dying=dying).run()
+    assert (done.recorded == 1).all()
+    assert (done.evaluations == 1).all()  # what a dead worker held was never reported
+
+
+def test_stop_hands_out_nothing_more() -> None:
+    done = Simulation(1000, [0.1] * 4, stop_after=100).run()
+    assert done.stopped == {0, 1, 2, 3}
+    assert 100 <= done.recorded.sum() < 200
+    assert not done.coordinator.finished
+
+
+def test_late_duplicates_are_not_recorded_again() -> None:
+    coordinator = Coordinator(FullPlan(np.arange(4)), 4, 2)
+    points, values, seconds = np.array([0, 1]), np.ones((2, 1)), np.ones(2)
+    coordinator.request(0)
+    coordinator.replies()
+    assert coordinator.result(0, points, values, seconds).tolist() == [True, True]
+    assert coordinator.result(1, points, values, seconds).tolist() == [False, False]
+
+
+@pytest.mark.parametrize("workers", [8, 300])
+def test_ranks_of_unequal_speed_finish_together(workers: int) -> None:
+    """At most 3 % above the ideal makespan with speeds that differ by a factor of 10."""
+    rng = random.Random(0)
+    speeds = [0.02 * 10 ** rng.random() for _ in range(workers)]
+    points = workers * 1500
+    done = Simulation(points, speeds).run()
+    ideal = points / sum(1 / s for s in speeds)
+    assert done.now <= 1.03 * ideal
+    assert done.shards < points / 5

@@ -1,0 +1,167 @@
+"""The loops around the coordinator in one process, with evaluators that misbehave."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from distsurf.distribute.coordinator import FullPlan, Shard
+from distsurf.distribute.ranks import Ranks
+from distsurf.distribute.signals import StopRequest
+from distsurf.distribute.work import coordinate, evaluate_shard
+from distsurf.evaluator import Column, Stopped
+from distsurf.grid import Grid
+from distsurf.surface import Status, SurfaceFile
+
+GRID = Grid.parse({"x": "-1:1:9", "y": "0:2:7"})
+
+
+class Quadratic:
+    """x² + 10 y², after whatever ``before`` does."""
+
+    columns = (Column("loss"),)
+
+    def __init__(self, before: Callable[[float, float], None] = lambda x, y: None):
+        self._before = before
+
+    def __call__(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+        for x, y in coordinates:
+            self._before(x, y)
+        return (coordinates[:, :1] ** 2 + 10 * coordinates[:, 1:2] ** 2).reshape(-1, 1)
+
+
+def _run(evaluator: Quadratic, stop: StopRequest | None = None, **options: object) -> tuple[SurfaceFile, dict[int, str]]:
+    file = SurfaceFile.memory(GRID, evaluator.columns)
+    stop = stop or StopRequest()
+    failed = coordinate(Ranks(), evaluator, GRID, FullPlan(GRID.coarse_to_fine()), file, stop=stop, **options)  # type: ignore[arg-type]
+    return file, failed
+
+
+def test_every_point_has_its_value() -> None:
+    file, failed = _run(Quadratic())
+    surface = file.read()
+    x, y = np.meshgrid(surface.x, surface.y)
+    np.testing.assert_array_equal(surface["loss"], x**2 + 10 * y**2)
+    assert (surface.cost >= 0).all()
+    assert failed == {}
+
+
+def test_failing_points_are_marked_with_the_reason_and_the_rest_completes() -> None:
+    attempts = []
+
+    def before(x: float, y: float) -> None:
+        if x == 0.5 and y == 1.0:
+            attempts.append(1)
+            raise MemoryError("out of memory, 3.5 GiB asked")
+
+    file, failed = _run(Quadratic(before))
+    surface = file.read()
+    assert (surface.count(Status.EVALUATED), surface.count(Status.FAILED)) == (62, 1)
+    ((point, reason),) = surface.failures.items()
+    assert GRID.coordinates_of(point) == (0.5, 1.0)
+    assert "MemoryError: out of memory, 3.5 GiB asked (before, line" in reason
+    assert list(failed) == [point]
+    assert len(attempts) == 3
+
+
+def test_point_that_fails_once_is_evaluated() -> None:
+    tries: list[int] = []
+
+    def before(x: float, y: float) -> None:
+        if x == -1 and y == 2 and not tries:
+            tries.append(1)
+            raise RuntimeError("a bad moment")
+
+    file, failed = _run(Quadratic(before))
+    assert file.read().complete
+    assert failed == {}
+
+
+def test_wrong_shape_is_a_failure_with_a_reason() -> None:
+    class Wrong(Quadratic):
+        def __call__(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.zeros((1, 2))
+
+    _, failed = _run(Wrong())
+    assert len(failed) == GRID.size
+    assert "expected (1, 1)" in failed[0]
+
+
+def test_stop_request_ends_between_points_and_keeps_what_is_done() -> None:
+    stop, seen = StopRequest(), []
+
+    def before(x: float, y: float) -> None:
+        seen.append(1)
+        if len(seen) == 20:
+            stop.ask("test")
+
+    file, _ = _run(Quadratic(before), stop)
+    assert file.read().count(Status.EVALUATED) == 20
+
+
+def test_abandoned_point_stays_pending() -> None:
+    stop = StopRequest()
+
+    def before(x: float, y: float) -> None:
+        if x == 0 and y == 0:
+            stop.ask("test")
+            raise Stopped
+
+    file, failed = _run(Quadratic(before), stop)
+    surface = file.read()
+    assert surface.status[0, 4] == Status.PENDING
+    assert surface.count(Status.FAILED) == 0
+    assert failed == {}
+
+
+def test_error_in_the_evaluating_thread_is_raised_here() -> None:
+    def broken() -> None:
+        raise RuntimeError("no such device")
+
+    with pytest.raises(RuntimeError, match="no such device"):
+        _run(Quadratic(), prepare_thread=broken)
+
+
+def test_error_of_the_recorder_is_raised_and_nobody_waits() -> None:
+    class Full(SurfaceFile):
+        def commit(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    file = SurfaceFile.memory(GRID, Quadratic.columns)
+    file.__class__ = Full
+    with pytest.raises(OSError, match="No space left"):
+        coordinate(Ranks(), Quadratic(), GRID, FullPlan(GRID.coarse_to_fine()), file, stop=StopRequest())
+    file.__class__ = SurfaceFile
+
+
+def test_results_are_committed_while_the_work_goes_on() -> None:
+    """A slow evaluator: another look at the file sees values before the end."""
+    seen: list[int] = []
+    file = SurfaceFile.memory(GRID, Quadratic.columns)
+    release = threading.Event()
+
+    def before(x: float, y: float) -> None:
+        if len(seen) == 0 and x == 1 and y == 2:  # the fourth point, a corner
+            release.wait(30)
+
+    def on_progress(done: int, failed: int) -> None:
+        if done >= 2 and not seen:
+            seen.append(file.read().count(Status.EVALUATED))
+            release.set()
+
+    coordinate(Ranks(), Quadratic(before), GRID, FullPlan(GRID.coarse_to_fine()), file, stop=StopRequest(),
+               on_progress=on_progress, commit_seconds=0)
+    assert seen
+    assert 2 <= seen[0] < GRID.size
+
+
+def test_cost_is_the_time_of_the_point() -> None:
+    report = evaluate_shard(
+        Quadratic(lambda x, y: time.sleep(0.05 if x > 0.9 else 0)), GRID, Shard(np.array([0, 8])), 1, lambda: False
+    )
+    assert report.seconds[1] >= 0.05 > report.seconds[0]

@@ -1,0 +1,201 @@
+"""The command line as a user meets it: real processes, exit codes, one readable line per mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distsurf.cli import main
+from distsurf.grid import Grid
+from distsurf.surface import Column, Surface, SurfaceFile
+from tests.conftest import Processes
+
+MY_CODE = """
+import torch
+from torch import nn
+
+def net(width=4):
+    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
+
+def data(n=20):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, generator=g)
+    return {"train": (x, (x[:, 0] > 0).long()), "test": (x[:5], (x[:5, 0] > 0).long())}
+
+def my_loss(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets)
+
+def my_objective(model, batch):
+    return {"norm": (model(batch[0]).square().sum(), len(batch[0]))}
+
+def broken():
+    raise ValueError("no data today")
+"""
+JOB = """
+name = "mine"
+[model]
+factory = "mine.py:net"
+checkpoint = "net.pt"
+[data]
+source = "mine.py:data"
+[grid]
+x = "-1:1:5"
+y = "0:1:3"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MY_CODE)
+    (tmp_path / "mine.toml").write_text(JOB)
+    torch.manual_seed(0)
+    torch.save(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).state_dict(), tmp_path / "net.pt")
+    return tmp_path
+
+
+def _run(*arguments: Any) -> int:
+    return main(["run", "mine.toml", "--progress", "none", *map(str, arguments)])
+
+
+def test_a_job_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run() == 0
+    out = capsys.readouterr().out
+    surface = Surface.load("runs/mine/surface.h5")
+    assert surface.complete
+    assert surface.names == ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    for path in ("surface.h5", "surface_contour.png", "surface_3d.png"):
+        assert f"runs/mine/{path}" in out
+        assert (folder / "runs/mine" / path).stat().st_size > 5000
+    assert "try next" in out
+    assert main(["status", "runs/mine/surface.h5"]) == 0
+    assert "15 evaluated" in capsys.readouterr().out
+    assert main(["check", "runs/mine/surface.h5"]) == 0
+    assert "is sound: 15 of 15" in capsys.readouterr().out
+    assert main(["plot", "runs/mine/surface.h5", "--column", "test_accuracy", "-o", "a.pdf"]) == 0
+    assert (folder / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(("override", "columns"), [
+    ("objective.loss=mine.py:my_loss", ("train_loss", "test_loss")),
+    ("objective.loss=torch.nn:CrossEntropyLoss", ("train_loss", "test_loss")),
+    ("objective.function=mine.py:my_objective", ("train_norm", "test_norm")),
+    ('objective.metrics=["error","top5"]', ("train_loss", "train_error", "train_top5")),
+    ('data.splits=["test"]', ("test_loss", "test_accuracy")),
+])
+def test_overrides(folder: Path, override: str, columns: tuple[str, ...]) -> None:
+    assert _run("--set", override, "--no-pictures") == 0
+    assert Surface.load("runs/mine/surface.h5").names[: len(columns)] == columns
+
+
+def test_job_from_file_and_from_python_give_the_same_values(folder: Path) -> None:
+    import distsurf
+
+    assert _run("--no-pictures", "--set", "run.threads=1") == 0
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model.load_state_dict(torch.load("net.pt"))
+    space: dict[str, Any] = {}
+    exec(MY_CODE, space)
+    live = distsurf.evaluate(model, space["data"](), x="-1:1:5", y="0:1:3", threads=1, progress="none")
+    for name in live.names:
+        np.testing.assert_array_equal(live[name], Surface.load("runs/mine/surface.h5")[name])
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "missing job": (["run", "none.toml"], "job file none.toml cannot be read: No such file"),
+    "unreadable TOML": (["run", "mine.py"], "mine.py is not TOML"),
+    "unknown key": (["run", "mine.toml", "--set", "grid.xx=0:1:2"], "unknown key grid.xx"),
+    "unreadable grid": (["run", "mine.toml", "--set", "grid.x=0..1"], "cannot be read: expected min:max:count"),
+    "no such loss": (["run", "mine.toml", "--set", "objective.loss=mze"], "no loss or metric 'mze'; did you mean 'mse'?"),
+    "no such split": (["run", "mine.toml", "--set", 'data.splits=["val"]'], "the data has no split 'val'"),
+    "no such model": (["run", "mine.toml", "--set", "model.factory=resnet9"], "resnet9"),
+    "no such module": (["run", "mine.toml", "--set", "model.factory=nowhere:net"], "No module named 'nowhere'"),
+    "no such file": (["run", "mine.toml", "--set", "model.factory=none.py:net"], "no file none.py"),
+    "no such function": (["run", "mine.toml", "--set", "data.source=mine.py:dota"], "no callable 'dota'; did you mean 'data'?"),
+    "factory raises": (["run", "mine.toml", "--set", "data.source=mine.py:broken"], "ValueError: no data today"),
+    "wrong argument": (["run", "mine.toml", "--set", "model.arguments={depth=3}"], "unexpected keyword argument 'depth'"),
+    "no checkpoint": (["run", "mine.toml", "--set", "model.checkpoint=x.pt"], "no checkpoint x.pt"),
+    "misfit": (["run", "mine.toml", "--set", "model.arguments={width=6}"],
+               "does not fit the model Sequential: misshapen 0.weight (4, 3) where the model has (6, 3), 0.bias (4,)"),
+    "wrong data": (["run", "mine.toml", "--set", "data.source=mine.py:wrong"], "a batch of the data, (float32 (9, 7), int64 (9,))"),
+    "unwritable": (["run", "mine.toml", "--out", "mine.py/s.h5"], "cannot write to the folder mine.py"),
+    "output is a folder": (["run", "mine.toml", "--out", "."], "is a folder"),
+    "no such device": (["run", "mine.toml", "--set", "run.device=cuda:9"], "device 'cuda:9' cannot be used"),
+    "unknown verb": (["polt"], "no verb 'polt'; did you mean 'plot'?"),
+    "unknown option": (["run", "--verbos"], "unrecognized arguments: --verbos"),
+    "no surface": (["plot", "none.h5"], "no surface file none.h5"),
+    "not HDF5": (["status", "mine.py"], "mine.py is not a surface file"),
+    "not finite": (["run", "mine.toml", "--set", "model.checkpoint=nan.pt"], "the weights are not finite: parameter 0.bias"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_1(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (folder / "mine.py").open("a") as code:
+        code.write("\ndef wrong():\n    return torch.zeros(9, 7), torch.zeros(9, dtype=torch.int64)\n")
+    state = torch.load("net.pt")
+    state["0.bias"][1] = float("nan")
+    torch.save(state, "nan.pt")
+    arguments, words = BAD[name]
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.startswith("distsurf: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+def test_unknown_column_names_what_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--no-pictures") == 0
+    assert main(["plot", "runs/mine/surface.h5", "--column", "curvature"]) == 1
+    assert "it has train_loss, train_accuracy" in capsys.readouterr().err
+
+
+def test_another_jobs_surface_is_refused_and_fresh_keeps_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("--no-pictures") == 0
+    assert _run("--no-pictures", "--set", "directions.seed=7") == 1
+    error = capsys.readouterr().err
+    assert "directions (file " in error
+    assert "weights" not in error.split("what differs")[1].split("Choose")[0]
+    assert _run("--no-pictures", "--set", "directions.seed=7", "--fresh") == 0
+    assert (folder / "runs/mine/surface.old-1.h5").exists()
+
+
+def test_incomplete_and_damaged_have_their_codes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    SurfaceFile.create("half.h5", Grid.parse({"x": "0:1:3"}), (Column("loss"),)).close()
+    assert main(["check", "half.h5"]) == 3
+    with h5py.File("half.h5", "r+") as h5:
+        h5["status"][0] = 77
+    assert main(["check", "half.h5"]) == 4
+    assert "unknown status values 77" in capsys.readouterr().err
+
+
+def test_help_fits_one_screen(processes: Processes) -> None:
+    ended = processes.python("-m", "distsurf", "--help")
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 80
+    for verb in ("run", "plot", "status", "check"):
+        assert f"distsurf {verb}" in ended.out
+        assert processes.python("-m", "distsurf", verb, "--help").code == 0
+
+
+def test_importing_distsurf_is_light(processes: Processes) -> None:
+    code = "import distsurf, sys; print([m for m in ('torch', 'mpi4py', 'torchvision', 'matplotlib') if m in sys.modules])"
+    assert processes.python("-c", code).out.strip() == "[]"
+    code = (
+        "import distsurf.run, sys; "
+        "print([m for m in ('mpi4py', 'torchvision', 'matplotlib', 'sklearn') if m in sys.modules])"
+    )
+    assert processes.python("-c", code).out.strip() == "[]"

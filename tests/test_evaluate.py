@@ -1,0 +1,288 @@
+"""The Python call, in one process: closed forms, a real network, resuming, what users bring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import distsurf
+import distsurf.surface
+from distsurf.subspace import Layout, normalize, random_direction
+from distsurf.surface import Status
+from tests.cases import CASES, Case
+
+GRIDS = [
+    {"x": "-1:2:7"},
+    {"x": "0:1:6"},
+    {"x": "0.5:0.5:1"},
+    {"x": "-1:1:5", "y": "0:1:51"},
+    {"x": "-0.3:2.5:9", "y": "-1:0:3"},
+    {"x": "1:2:3", "y": "-1:-1:1"},
+    {"x": "-1:1:3", "y": "0:2:4", "z": "-3:0:5"},
+]
+
+
+class Quadratic(nn.Module):
+    """½ θᵀAθ with A = diag(1 … n), θ a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("diagonal", torch.arange(1.0, 13.0, dtype=torch.float64).view(4, 3))
+
+    def forward(self) -> torch.Tensor:
+        return 0.5 * (self.diagonal * self.theta**2).sum()
+
+
+@pytest.mark.parametrize("axes", GRIDS, ids=lambda axes: " ".join(f"{k}={v}" for k, v in axes.items()))
+@pytest.mark.parametrize("normalization", ["filter", "none"])
+def test_quadratic_has_its_closed_form(axes: dict[str, str], normalization: str) -> None:
+    """L(c) = ½ Σ_kl c_k c_l d_kᵀAd_l + Σ_k c_k d_kᵀAθ0 + L(0), by numpy in float64."""
+    model = Quadratic()
+    surface = distsurf.evaluate(
+        model, (torch.zeros(2, 1), torch.zeros(2)), objective=lambda model, batch: {"loss": (model(), 1)},
+        **axes, seed=5, normalization=normalization, precision="fp64", progress="none", batch_size=2,
+    )  # fmt: skip
+    layout = Layout(("theta",), ((4, 3),))
+    theta = model.theta.detach().numpy()
+    center = np.zeros(layout.size)
+    layout.views(center)[0][...] = theta
+    D = np.stack([  # noqa: N806 - a matrix
+        layout.views(normalize(random_direction(layout, 5, k), center, layout, how=normalization))[0].ravel()  # type: ignore[arg-type]
+        for k in range(len(axes))
+    ]).astype(np.float64)
+    A, t = np.diag(np.arange(1.0, 13)), theta.ravel()  # noqa: N806
+    ticks = [np.linspace(float(a.split(":")[0]), float(a.split(":")[1]), int(a.split(":")[2])) for a in axes.values()]
+    c = np.stack(np.meshgrid(*ticks[::-1], indexing="ij")[::-1], axis=-1)
+    expected = 0.5 * np.einsum("...k,kl,...l", c, D @ A @ D.T, c) + c @ (D @ A @ t) + 0.5 * t @ A @ t
+    assert surface["loss"].shape == expected.shape
+    np.testing.assert_allclose(surface["loss"], expected, rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        x = torch.randn(300, 1, 8, 8)
+        y = (x.mean((1, 2, 3)) > 0).long() + (x[:, 0, 0, 0] > 0).long()
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.BatchNorm2d(8),
+            nn.ReLU(), nn.Flatten(), nn.Linear(32, 3),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval(), x, y
+
+
+def test_real_network_against_a_plain_torch_loop(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    """Every grid value, by a textbook loop over tensors with five-line filter normalization."""
+    model, x, y = trained
+    surface = distsurf.evaluate(
+        model, {"train": (x[:200], y[:200]), "test": (x[200:], y[200:])}, x="-1:1:7", y="-0.5:1:4",
+        seed=3, batch_size=64, progress="none",
+    )  # fmt: skip
+    layout = Layout.of(dict(model.named_parameters()))
+    theta = [p.detach().clone() for p in model.parameters()]
+    directions = []
+    for axis in range(2):
+        raw = [torch.from_numpy(v.copy()) for v in layout.views(random_direction(layout, 3, axis))]
+        for d, w in zip(raw, theta, strict=True):
+            for dj, wj in zip(d, w, strict=True):
+                dj.mul_(wj.norm() / dj.norm())
+            if d.ndim <= 1:
+                d.zero_()
+        directions.append(raw)
+    with torch.no_grad():
+        for i, b in enumerate(np.linspace(-0.5, 1, 4)):
+            for j, a in enumerate(np.linspace(-1, 1, 7)):
+                for p, w, d, e in zip(model.parameters(), theta, *directions, strict=True):
+                    p.copy_(w + a * d + b * e)
+                for split, part in (("train", slice(0, 200)), ("test", slice(200, None))):
+                    out = model(x[part])
+                    assert surface[f"{split}_loss"][i, j] == pytest.approx(float(F.cross_entropy(out, y[part])), rel=1e-6)
+                    hits = (out.argmax(1) == y[part]).double().mean()
+                    assert surface[f"{split}_accuracy"][i, j] == pytest.approx(100 * float(hits), rel=1e-12)
+        for p, w in zip(model.parameters(), theta, strict=True):
+            p.copy_(w)
+
+
+def test_origin_is_the_model_itself(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    model, x, y = trained
+    surface = distsurf.evaluate(model, (x, y), x="-1:1:3", y="-1:1:3", batch_size=300, progress="none")
+    assert surface.origin == (1, 1)
+    with torch.no_grad():
+        assert surface["loss"][surface.origin] == pytest.approx(float(F.cross_entropy(model(x), y)), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_awkward_models_through_the_whole_job(case: Case, tmp_path: Path) -> None:
+    """Into a file, stopped in the middle, continued: the same bits as in one go, and a model left alone."""
+    model, data = case.make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options: dict[str, Any] = {
+        "loss": case.loss, "x": "-1:1:5", "y": "0:1:3", "ignore": "none", "batch_size": 10, "progress": "none",
+    }  # fmt: skip
+    whole = distsurf.evaluate(model, data, **options)
+    assert whole.complete
+    assert np.isfinite(whole["loss"]).all()
+    path = tmp_path / "s.h5"
+    with distsurf.surface.SurfaceFile.create(
+        path, whole.grid, whole.columns, job=whole.job, fingerprint=whole.fingerprint, facts=whole.facts
+    ) as file:
+        half = whole.grid.coarse_to_fine()[:7]
+        values = np.stack([whole[name].ravel()[half] for name in whole.names], axis=1)
+        file.record(half, values, np.ones(7))
+    continued = distsurf.evaluate(model, data, out=path, **options)
+    assert (continued.cost.ravel()[half] == 1).all()  # these were not evaluated again
+    for name in whole.names:
+        np.testing.assert_array_equal(continued[name], whole[name])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_stop_and_resume_gives_the_same_bits(
+    trained: tuple[nn.Module, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    model, x, y = trained
+    options: dict[str, Any] = {"x": "-1:1:5", "y": "-1:1:5", "progress": "none"}
+    whole = distsurf.evaluate(model, (x, y), **options)
+    calls = []
+
+    def hook(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 30:
+            import signal
+
+            signal.raise_signal(signal.SIGTERM)
+
+    handle = model.register_forward_hook(hook)
+    with pytest.raises(distsurf.Incomplete, match="stopped by SIGTERM") as stopped:
+        distsurf.evaluate(model, (x, y), out=tmp_path / "s.h5", **options)
+    handle.remove()
+    partial = stopped.value.surface
+    assert 0 < partial.count(Status.EVALUATED) < 25
+    continued = distsurf.evaluate(model, (x, y), out=tmp_path / "s.h5", **options)
+    np.testing.assert_array_equal(continued["loss"], whole["loss"])
+    np.testing.assert_array_equal(continued["accuracy"], whole["accuracy"])
+
+
+def test_failed_points_are_reported_and_tried_again_by_the_next_call(
+    trained: tuple[nn.Module, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    model, x, y = trained
+    sick = [True]
+
+    def fails_far_out(model: nn.Module, batch: Any) -> dict[str, Any]:
+        output = model(batch[0])
+        if sick[0] and float(output.abs().max()) > limit:
+            raise FloatingPointError("too far out")
+        return {"loss": (F.cross_entropy(output, batch[1], reduction="sum"), len(batch[1]))}
+
+    limit = 1.0001 * float(model(x).detach().abs().max())
+    options: dict[str, Any] = {"objective": fails_far_out, "x": "-2:2:5", "out": tmp_path / "s.h5", "progress": "none"}
+    with pytest.raises(distsurf.Incomplete, match="FloatingPointError: too far out") as error:
+        distsurf.evaluate(model, (x, y), **options)
+    assert error.value.surface.count(Status.FAILED) > 0
+    assert error.value.surface.status[2] == Status.EVALUATED
+    sick[0] = False
+    assert distsurf.evaluate(model, (x, y), **options).complete
+
+
+def test_surface_of_another_job_is_refused_with_the_fields(
+    trained: tuple[nn.Module, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    model, x, y = trained
+    options: dict[str, Any] = {"x": "-1:1:3", "out": tmp_path / "s.h5", "progress": "none"}
+    first = distsurf.evaluate(model, (x, y), **options)
+    other = nn.Sequential(*[nn.Linear(64, 3)])
+    changes: list[tuple[str, dict[str, Any], Any, Any]] = [
+        ("directions", {"seed": 1}, model, (x, y)),
+        ("grid", {"x": "-1:1:5"}, model, (x, y)),
+        ("data", {}, model, (x + 1e-6, y)),
+        ("objective", {"loss": "focal"}, model, (x, y)),
+        ("objective", {"metrics": ["top5"]}, model, (x, y)),
+        ("batch_size", {"batch_size": 7}, model, (x, y)),
+        ("precision", {"precision": "fp64"}, model, (x, y)),
+        ("weights", {}, other, (x.flatten(1), y)),
+        ("model", {}, other, (x.flatten(1), y)),
+    ]
+    for field, change, net, data in changes:
+        with pytest.raises(distsurf.InputError, match=rf"another job.*\b{field} \(file "):
+            distsurf.evaluate(net, data, **{**options, **change})
+    again = distsurf.evaluate(model, (x, y), **options)
+    np.testing.assert_array_equal(first["loss"], again["loss"])
+    distsurf.evaluate(model, (x, y), **{**options, "seed": 1}, fresh=True)
+    kept = distsurf.Surface.load(tmp_path / "s.old-1.h5")
+    np.testing.assert_array_equal(kept["loss"], first["loss"])
+
+
+def test_changed_user_code_is_another_objective(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    model, x, y = trained
+
+    def surface(function: Any) -> Any:
+        return distsurf.evaluate(model, (x, y), function, x="0:1:2", progress="none").fingerprint["objective"]
+
+    plain = surface(nn.CrossEntropyLoss())
+    assert plain == surface(nn.CrossEntropyLoss())
+    assert plain != surface(nn.CrossEntropyLoss(label_smoothing=0.1))
+    assert surface(lambda o, t: F.cross_entropy(o, t)) != surface(lambda o, t: 2 * F.cross_entropy(o, t))
+
+
+def test_losses_by_name_by_callable_and_by_own_objective_agree(
+    trained: tuple[nn.Module, torch.Tensor, torch.Tensor],
+) -> None:
+    model, x, y = trained
+    options: dict[str, Any] = {"x": "-1:1:3", "progress": "none"}
+    by_name = distsurf.evaluate(model, TensorDataset(x, y), "cross_entropy", **options)
+    by_module = distsurf.evaluate(model, (x, y), nn.CrossEntropyLoss(), **options)
+    own = distsurf.evaluate(
+        model, (x, y), **options,
+        objective=lambda m, b: {"loss": (F.cross_entropy(m(b[0]), b[1], reduction="sum"), len(b[1]))},
+    )  # fmt: skip
+    np.testing.assert_allclose(by_module["loss"], by_name["loss"], rtol=1e-6)
+    np.testing.assert_allclose(own["loss"], by_name["loss"], rtol=1e-6)
+    assert by_name.names == ("loss", "accuracy")
+    assert by_module.names == ("loss",)
+
+
+def test_non_finite_and_negative_losses_are_values(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    model, x, y = trained
+
+    def logs(model: nn.Module, batch: Any) -> dict[str, Any]:
+        weight = model[0].weight.double().norm() - start
+        return {"loss": (torch.log(weight), 1), "negative": (-weight - 5, 1), "pole": (1 / (weight * 0), 1)}
+
+    start = float(model[0].weight.double().norm())
+    surface = distsurf.evaluate(model, (x[:2], y[:2]), objective=logs, x="-0.2:1:7", batch_size=2, progress="none")
+    assert surface.complete
+    assert np.isnan(surface["loss"]).any()
+    assert (surface["negative"] < 0).all()
+    assert np.isinf(surface["pole"]).any()
+    assert (surface.status == Status.EVALUATED).all()
+
+
+def test_not_finite_weights_are_refused(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+    broken = nn.Linear(3, 2)
+    with torch.no_grad():
+        broken.weight[0, 0] = float("nan")
+    with pytest.raises(distsurf.InputError, match="parameter weight holds NaN"):
+        distsurf.evaluate(broken, (torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)), progress="none")
+
+
+def test_direction_that_moves_nothing_is_refused() -> None:
+    class OnlyBias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(distsurf.InputError, match="nothing of this model moves"):
+        distsurf.evaluate(OnlyBias(), (torch.zeros(4, 3), torch.zeros(4)), progress="none")
