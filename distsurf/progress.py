@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TextIO
 
 Mode = Literal["auto", "bar", "lines", "none"]
@@ -29,7 +31,7 @@ class Progress:
         self._clock = clock
         self._start = self._last_line = clock()
         if mode == "auto":
-            mode = "bar" if self._stream.isatty() else "lines"
+            mode = "bar" if self._stream.isatty() or _launcher_writes_to_terminal() else "lines"
         self._mode = mode
         self._bar: Any = None
         if mode == "bar":
@@ -65,6 +67,22 @@ class Progress:
         """Leave the bar as it is and start a new line."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _launcher_writes_to_terminal() -> bool:
+    """Whether this process was started by an mpirun whose standard error is a terminal (seen on Linux only).
+
+    mpirun gives its ranks pipes and copies what comes out of them, so a rank's own stream never is a terminal.
+    """
+    process = os.getppid()
+    try:
+        for _ in range(4):  # mpirun itself, or its proxy on this node below it
+            if Path(f"/proc/{process}/comm").read_text().startswith(("mpirun", "mpiexec", "prterun", "orterun")):
+                return os.readlink(f"/proc/{process}/fd/2").startswith(("/dev/pts/", "/dev/tty"))
+            process = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def duration(seconds: float) -> str:

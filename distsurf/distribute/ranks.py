@@ -42,7 +42,7 @@ class Pause:
     def __call__(self) -> None:
         """Sleep, a little longer than the last time."""
         time.sleep(self._seconds)
-        self._seconds = min(self._seconds * 1.3, self.longest)
+        self._seconds = min(self._seconds * 1.7, self.longest)
 
 
 class Ranks:
@@ -208,8 +208,8 @@ class MPIRanks(Ranks):
         arrived = []
         status = self._mpi.Status()
         origin = self._mpi.ANY_SOURCE if source is None else source
-        while self._comm.Iprobe(source=origin, status=status):
-            arrived.append((status.source, self._comm.recv(source=status.source, tag=status.tag)))
+        while (message := self._comm.improbe(source=origin, status=status)) is not None:
+            arrived.append((status.source, message.recv()))
         return arrived
 
     def close(self) -> None:

@@ -1,0 +1,184 @@
+"""Speed of the main job, as ratios within one run: `make bench`, or python tests/bench_run.py [--quick].
+
+1. One core: a grid point of the default job by distsurf's evaluator against the best plain torch loop over the same
+   tensors (inference mode, weights set in place, float64 sums), in alternation.
+2. Two cores: the same surface by 8 ranks and by 2 ranks, in alternation, from the first point to the last.
+3. Coordination: shards of one point each per second, by the coordinator's logic alone, and by 8 ranks under mpirun
+   with an evaluator that sleeps.
+
+Prints one JSON object with every single measurement and its median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from distsurf import assemble
+from distsurf.distribute.coordinator import Coordinator, FullPlan, Shard
+from distsurf.distribute.placement import Placement
+from distsurf.job import Job
+from distsurf.objective.evaluator import ModelEvaluator
+from distsurf.run import _prepare
+
+MPIRUN = Path(sys.executable).parent / "mpirun"
+
+
+def default_job(*overrides: str) -> Job:
+    return Job.read(resources.files("distsurf").joinpath("default.toml").read_text(), overrides)
+
+
+def one_core(folder: Path, points: int) -> dict[str, Any]:
+    """Seconds per point of distsurf and of a plain loop, one thread, alternating."""
+    torch.set_num_threads(1)
+    job = default_job(f"model.checkpoint={folder / 'net.safetensors'}")
+    model = assemble.build_model(job, None)
+    cpu = torch.device("cpu")
+    shared = _prepare(job, model, None, Placement(cpu, 1, ""), lambda line: None)
+    batch_size = job.data.batch_size
+    plain = assemble.build_model(job, None).eval()
+    plain.load_state_dict(model.state_dict())
+    layout = shared.subspace.layout
+    views = [layout.torch_views(torch.from_numpy(v)) for v in (shared.subspace.center, *shared.subspace.directions)]
+    batches = [
+        (x[i : i + batch_size], y[i : i + batch_size])
+        for split in shared.splits
+        for x, y in split.pieces
+        for i in range(0, len(x), batch_size)
+    ]
+
+    @torch.inference_mode()
+    def plain_point(a: float, b: float) -> tuple[float, float]:
+        for p, w, d, e in zip(plain.parameters(), *views, strict=True):
+            torch.add(w, d, alpha=a, out=p.data)
+            p.data.add_(e, alpha=b)
+        loss, hits = 0.0, 0
+        for x, y in batches:
+            out = plain(x)
+            loss += F.cross_entropy(out, y, reduction="sum").item()
+            hits += (out.argmax(1) == y).sum().item()
+        return loss, hits
+
+    coordinates = np.random.default_rng(0).uniform(-1, 1, (points, 2))
+    times: dict[str, list[float]] = {"distsurf": [], "plain": []}
+    with ModelEvaluator(
+        model, shared.subspace, shared.buffers, shared.splits, assemble.build_objective(job, None),
+        batch_size=batch_size, device=cpu,
+    ) as evaluator:  # fmt: skip
+        for c in [coordinates[0], *coordinates]:
+            start = time.perf_counter()
+            evaluator(c[None])
+            middle = time.perf_counter()
+            plain_point(*map(float, c))
+            times["distsurf"].append(middle - start)
+            times["plain"].append(time.perf_counter() - middle)
+    medians = {name: statistics.median(t[1:]) for name, t in times.items()}
+    return {
+        "ms_per_point": {name: 1000 * m for name, m in medians.items()},
+        "points": points,
+        "ratio_distsurf_to_plain": medians["distsurf"] / medians["plain"],
+    }
+
+
+def ranks_against_each_other(folder: Path, rounds: int, grid: str) -> dict[str, Any]:
+    """Seconds of evaluation alone (as the job reports it) by 2 and by 8 ranks."""
+    seconds: dict[int, list[float]] = {2: [], 8: []}
+    for i in range(rounds):
+        for ranks in (2, 8) if i % 2 == 0 else (8, 2):
+            out = folder / f"{ranks}-{i}.h5"
+            command = [MPIRUN, "-n", ranks, sys.executable, "-m", "distsurf.run", "--no-pictures", "--out", out,
+                       "--set", f"grid.x={grid}", "--set", f"grid.y={grid}", "--set", "run.threads=1",
+                       "--set", f"model.checkpoint={folder / 'net.safetensors'}"]  # fmt: skip
+            ended = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+            (line,) = [line for line in ended.stdout.splitlines() if " points/s" in line]
+            points = float(line.split(" points × ")[0].replace(",", ""))
+            seconds[ranks].append(points / float(line.split(" points/s")[0].split(": ")[1].replace(",", "")))
+    medians = {ranks: statistics.median(s) for ranks, s in seconds.items()}
+    return {"grid": grid, "seconds": seconds, "ratio_8_to_2_ranks": medians[8] / medians[2]}
+
+
+def coordinator_alone(workers: int, shards: int = 100_000) -> float:
+    """Shards of one point per second through the state machine."""
+    coordinator = Coordinator(FullPlan(np.arange(shards)), shards, workers, shard_seconds=0)
+    values, seconds = np.zeros((1, 4)), np.array([1e-3])
+    for worker in range(workers):
+        coordinator.request(worker)
+    start = time.perf_counter()
+    while not coordinator.finished:
+        for worker, reply in coordinator.replies():
+            assert isinstance(reply, Shard)
+            coordinator.result(worker, reply.points, values, seconds)
+            coordinator.request(worker)
+    return shards / (time.perf_counter() - start)
+
+
+SLEEPING = """
+import sys, time
+from distsurf.distribute.coordinator import FullPlan
+from distsurf.distribute.ranks import connect
+from distsurf.distribute.signals import StopRequest
+from distsurf.distribute.work import coordinate, work
+from distsurf.evaluator import Column
+from distsurf.grid import Grid
+from distsurf.surface import SurfaceFile
+
+class Sleeping:
+    columns = (Column("loss"),)
+    def __call__(self, coordinates):
+        time.sleep(float(sys.argv[1]))
+        return coordinates[:, :1] ** 2
+
+ranks, grid, stop = connect(), Grid.parse({"x": "-1:1:201", "y": "-1:1:201"}), StopRequest()
+with ranks.together():
+    if ranks.rank == 0:
+        file = SurfaceFile.create(sys.argv[2], grid, Sleeping.columns)
+        start = time.perf_counter()
+        coordinate(ranks, Sleeping(), grid, FullPlan(grid.coarse_to_fine()), file, stop=stop, shard_seconds=0)
+        print(grid.size / (time.perf_counter() - start))
+        assert file.read().complete
+    else:
+        work(ranks, Sleeping(), grid, stop)
+ranks.close()
+"""
+
+
+def coordinator_under_mpirun(folder: Path, ranks: int, sleep: float) -> float:
+    """Shards of one point per second, recorded in a file, with an evaluator that sleeps."""
+    script = folder / "sleeping.py"
+    script.write_text(SLEEPING)
+    command = [str(MPIRUN), "-n", str(ranks), sys.executable, str(script), str(sleep), str(folder / "sleeping.h5")]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer points and rounds")
+    quick = parser.parse_args().quick
+    result: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result["one_core"] = one_core(folder, 20 if quick else 200)
+        result["two_cores"] = ranks_against_each_other(folder, 1 if quick else 3, "-1:1:9" if quick else "-1:1:31")
+        result["shards_per_second"] = {
+            "logic alone, 8 workers": coordinator_alone(8),
+            "logic alone, 4000 workers": coordinator_alone(4000),
+            "mpirun -n 8, sleeping 0.1 ms": [coordinator_under_mpirun(folder, 8, 1e-4) for _ in range(1 if quick else 3)],
+        }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
