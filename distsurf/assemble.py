@@ -254,7 +254,7 @@ def _call(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str,
 # -- training ---------------------------------------------------------------------------------------------
 
 
-def _recipe(job: Job) -> str:
+def recipe(job: Job) -> str:
     """What the trained weights depend on, as canonical JSON; kept in the checkpoint's metadata."""
     told = {
         "model": {"factory": job.model.factory, "arguments": job.model.arguments},
@@ -270,32 +270,23 @@ def _train(
     from safetensors.torch import save_model
 
     assert job.train is not None
-    recipe = job.train
-    if recipe.split not in splits:
-        raise InputError(f"train.split: no split {recipe.split!r}; {nearest(recipe.split, splits)}")
-    split = splits[recipe.split]
+    wish = job.train
+    if wish.split not in splits:
+        raise InputError(f"train.split: no split {wish.split!r}; {nearest(wish.split, splits)}")
+    split = splits[wish.split]
     tensors = tensors_of(split.pieces[0])
     if not split.whole or len(tensors) != 2:
         raise InputError("[train] needs a split that is one pair of tensors (images, labels)")
     if path.suffix != ".safetensors":
         raise InputError(f"[train] keeps weights in a .safetensors file; model.checkpoint is {path}")
     with replacing(path) as temporary:  # before the work, to learn now whether the folder can be written
-        say(f"training {job.model.factory} for {recipe.epochs} epochs on {split.samples:,} samples, once")
-        model.load_state_dict(build_model(job, None, recipe.seed).state_dict())
+        say(f"training {job.model.factory} for {wish.epochs} epochs on {split.samples:,} samples, once")
+        model.load_state_dict(build_model(job, None, wish.seed).state_dict())
         model.to(device)
-        zoo.train(
-            model,
-            *(tensor.to(device) for tensor in tensors),
-            epochs=recipe.epochs,
-            batch_size=recipe.batch_size,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            shift=recipe.shift,
-            seed=recipe.seed,
-        )
+        images, labels = (tensor.to(device) for tensor in tensors)
+        zoo.train(model, images, labels, **wish.model_dump(exclude={"split"}))
         model.cpu()
-        save_model(model, str(temporary), metadata={"recipe": _recipe(job)})
+        save_model(model, str(temporary), metadata={"recipe": recipe(job)})
     say(f"kept its weights in {path}")
 
 
@@ -308,7 +299,7 @@ def _require_recipe(job: Job, path: Path) -> None:
             kept = (file.metadata() or {}).get("recipe")
     except (SafetensorError, OSError) as error:
         raise InputError(f"checkpoint {path} cannot be read: {error}") from error
-    if kept is not None and kept != _recipe(job):
+    if kept is not None and kept != recipe(job):
         raise InputError(
             f"checkpoint {path} was trained by another recipe than this job's [model], [data] and [train]; "
             "name another model.checkpoint, or remove that file to train again"

@@ -77,7 +77,11 @@ def _launcher_writes_to_terminal() -> bool:
     process = os.getppid()
     try:
         for _ in range(4):  # mpirun itself, or its proxy on this node below it
-            if Path(f"/proc/{process}/comm").read_text().startswith(("mpirun", "mpiexec", "prterun", "orterun")):
+            if (
+                Path(f"/proc/{process}/comm")
+                .read_text()
+                .startswith(("mpirun", "mpiexec", "prterun", "orterun"))
+            ):
                 return os.readlink(f"/proc/{process}/fd/2").startswith(("/dev/pts/", "/dev/tty"))
             process = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
     except (OSError, ValueError):

@@ -52,7 +52,9 @@ def one_core(folder: Path, points: int) -> dict[str, Any]:
     plain = assemble.build_model(job, None).eval()
     plain.load_state_dict(model.state_dict())
     layout = shared.subspace.layout
-    views = [layout.torch_views(torch.from_numpy(v)) for v in (shared.subspace.center, *shared.subspace.directions)]
+    views = [
+        layout.torch_views(torch.from_numpy(v)) for v in (shared.subspace.center, *shared.subspace.directions)
+    ]
     batches = [
         (x[i : i + batch_size], y[i : i + batch_size])
         for split in shared.splits
@@ -102,7 +104,9 @@ def ranks_against_each_other(folder: Path, rounds: int, grid: str) -> dict[str, 
             command = [MPIRUN, "-n", ranks, sys.executable, "-m", "distsurf.run", "--no-pictures", "--out", out,
                        "--set", f"grid.x={grid}", "--set", f"grid.y={grid}", "--set", "run.threads=1",
                        "--set", f"model.checkpoint={folder / 'net.safetensors'}"]  # fmt: skip
-            ended = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+            ended = subprocess.run(
+                [str(part) for part in command], capture_output=True, text=True, check=True
+            )
             (line,) = [line for line in ended.stdout.splitlines() if " points/s" in line]
             points = float(line.split(" points × ")[0].replace(",", ""))
             seconds[ranks].append(points / float(line.split(" points/s")[0].split(": ")[1].replace(",", "")))
@@ -159,23 +163,40 @@ def coordinator_under_mpirun(folder: Path, ranks: int, sleep: float) -> float:
     """Shards of one point per second, recorded in a file, with an evaluator that sleeps."""
     script = folder / "sleeping.py"
     script.write_text(SLEEPING)
-    command = [str(MPIRUN), "-n", str(ranks), sys.executable, str(script), str(sleep), str(folder / "sleeping.h5")]
+    command = [
+        str(MPIRUN),
+        "-n",
+        str(ranks),
+        sys.executable,
+        str(script),
+        str(sleep),
+        str(folder / "sleeping.h5"),
+    ]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer points and rounds")
     quick = parser.parse_args().quick
-    result: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    result: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result["one_core"] = one_core(folder, 20 if quick else 200)
-        result["two_cores"] = ranks_against_each_other(folder, 1 if quick else 3, "-1:1:9" if quick else "-1:1:31")
+        result["two_cores"] = ranks_against_each_other(
+            folder, 1 if quick else 3, "-1:1:9" if quick else "-1:1:31"
+        )
         result["shards_per_second"] = {
             "logic alone, 8 workers": coordinator_alone(8),
             "logic alone, 4000 workers": coordinator_alone(4000),
-            "mpirun -n 8, sleeping 0.1 ms": [coordinator_under_mpirun(folder, 8, 1e-4) for _ in range(1 if quick else 3)],
+            "mpirun -n 8, sleeping 0.1 ms": [
+                coordinator_under_mpirun(folder, 8, 1e-4) for _ in range(1 if quick else 3)
+            ],
         }
     print(json.dumps(result, indent=2))
 

@@ -106,7 +106,9 @@ def _with_hook() -> nn.Module:
 
 
 def _parametrized() -> nn.Module:
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, CLASSES))
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, CLASSES)
+    )
 
 
 def _conv(norm: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
@@ -154,9 +156,13 @@ CASES = [
     Case("group_norm", _conv(lambda width: nn.GroupNorm(2, width)), _images),
     Case("no_norm", _conv(lambda width: nn.Identity()), _images),
     Case("dropout", lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES)), _vectors),
-    Case("tied_weights", TiedWeights, lambda: (torch.randint(11, (SAMPLES, 3)), torch.randint(11, (SAMPLES,)))),
+    Case(
+        "tied_weights", TiedWeights, lambda: (torch.randint(11, (SAMPLES, 3)), torch.randint(11, (SAMPLES,)))
+    ),
     Case("recurrent", Recurrent, lambda: (torch.randn(SAMPLES, 4, 5), _labels())),
-    Case("several_inputs", SeveralInputs, lambda: (torch.randn(SAMPLES, 3), torch.randn(SAMPLES, 2), _labels())),
+    Case(
+        "several_inputs", SeveralInputs, lambda: (torch.randn(SAMPLES, 3), torch.randn(SAMPLES, 2), _labels())
+    ),
     Case("counting_buffer", CountingBuffer, _vectors),
     Case("control_flow", ControlFlow, _vectors),
     Case("functional_batch_norm", FunctionalBatchNorm, _vectors),
@@ -165,10 +171,22 @@ CASES = [
     Case("hook", _with_hook, _vectors),
     Case("parametrized", _parametrized, _vectors),
     Case("old_weight_norm", lambda: nn.utils.weight_norm(nn.Linear(5, CLASSES)), _vectors),
-    Case("scalar_regression", lambda: nn.Linear(5, 1), lambda: (torch.randn(SAMPLES, 5), torch.randn(SAMPLES)), "mse"),
-    Case("transformer", lambda: nn.Sequential(
-        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(24, CLASSES)),
-        lambda: (torch.randn(SAMPLES, 3, 8), _labels())),
-    Case("frozen_half", lambda: nn.Sequential(
-        nn.Linear(5, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, CLASSES)), _vectors),
+    Case(
+        "scalar_regression",
+        lambda: nn.Linear(5, 1),
+        lambda: (torch.randn(SAMPLES, 5), torch.randn(SAMPLES)),
+        "mse",
+    ),
+    Case(
+        "transformer",
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(24, CLASSES)
+        ),
+        lambda: (torch.randn(SAMPLES, 3, 8), _labels()),
+    ),
+    Case(
+        "frozen_half",
+        lambda: nn.Sequential(nn.Linear(5, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, CLASSES)),
+        _vectors,
+    ),
 ]

@@ -82,13 +82,16 @@ def test_a_job_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (folder / "a.pdf").read_bytes().startswith(b"%PDF")
 
 
-@pytest.mark.parametrize(("override", "columns"), [
-    ("objective.loss=mine.py:my_loss", ("train_loss", "test_loss")),
-    ("objective.loss=torch.nn:CrossEntropyLoss", ("train_loss", "test_loss")),
-    ("objective.function=mine.py:my_objective", ("train_norm", "test_norm")),
-    ('objective.metrics=["error","top5"]', ("train_loss", "train_error", "train_top5")),
-    ('data.splits=["test"]', ("test_loss", "test_accuracy")),
-])
+@pytest.mark.parametrize(
+    ("override", "columns"),
+    [
+        ("objective.loss=mine.py:my_loss", ("train_loss", "test_loss")),
+        ("objective.loss=torch.nn:CrossEntropyLoss", ("train_loss", "test_loss")),
+        ("objective.function=mine.py:my_objective", ("train_norm", "test_norm")),
+        ('objective.metrics=["error","top5"]', ("train_loss", "train_error", "train_top5")),
+        ('data.splits=["test"]', ("test_loss", "test_accuracy")),
+    ],
+)
 def test_overrides(folder: Path, override: str, columns: tuple[str, ...]) -> None:
     assert _run("--set", override, "--no-pictures") == 0
     assert Surface.load("runs/mine/surface.h5").names[: len(columns)] == columns
@@ -111,19 +114,42 @@ BAD: dict[str, tuple[list[str], str]] = {
     "missing job": (["run", "none.toml"], "job file none.toml cannot be read: No such file"),
     "unreadable TOML": (["run", "mine.py"], "mine.py is not TOML"),
     "unknown key": (["run", "mine.toml", "--set", "grid.xx=0:1:2"], "unknown key grid.xx"),
-    "unreadable grid": (["run", "mine.toml", "--set", "grid.x=0..1"], "cannot be read: expected min:max:count"),
-    "no such loss": (["run", "mine.toml", "--set", "objective.loss=mze"], "no loss or metric 'mze'; did you mean 'mse'?"),
+    "unreadable grid": (
+        ["run", "mine.toml", "--set", "grid.x=0..1"],
+        "cannot be read: expected min:max:count",
+    ),
+    "no such loss": (
+        ["run", "mine.toml", "--set", "objective.loss=mze"],
+        "no loss or metric 'mze'; did you mean 'mse'?",
+    ),
     "no such split": (["run", "mine.toml", "--set", 'data.splits=["val"]'], "the data has no split 'val'"),
     "no such model": (["run", "mine.toml", "--set", "model.factory=resnet9"], "resnet9"),
-    "no such module": (["run", "mine.toml", "--set", "model.factory=nowhere:net"], "No module named 'nowhere'"),
+    "no such module": (
+        ["run", "mine.toml", "--set", "model.factory=nowhere:net"],
+        "No module named 'nowhere'",
+    ),
     "no such file": (["run", "mine.toml", "--set", "model.factory=none.py:net"], "no file none.py"),
-    "no such function": (["run", "mine.toml", "--set", "data.source=mine.py:dota"], "no callable 'dota'; did you mean 'data'?"),
-    "factory raises": (["run", "mine.toml", "--set", "data.source=mine.py:broken"], "ValueError: no data today"),
-    "wrong argument": (["run", "mine.toml", "--set", "model.arguments={depth=3}"], "unexpected keyword argument 'depth'"),
+    "no such function": (
+        ["run", "mine.toml", "--set", "data.source=mine.py:dota"],
+        "no callable 'dota'; did you mean 'data'?",
+    ),
+    "factory raises": (
+        ["run", "mine.toml", "--set", "data.source=mine.py:broken"],
+        "ValueError: no data today",
+    ),
+    "wrong argument": (
+        ["run", "mine.toml", "--set", "model.arguments={depth=3}"],
+        "unexpected keyword argument 'depth'",
+    ),
     "no checkpoint": (["run", "mine.toml", "--set", "model.checkpoint=x.pt"], "no checkpoint x.pt"),
-    "misfit": (["run", "mine.toml", "--set", "model.arguments={width=6}"],
-               "does not fit the model Sequential: misshapen 0.weight (4, 3) where the model has (6, 3), 0.bias (4,)"),
-    "wrong data": (["run", "mine.toml", "--set", "data.source=mine.py:wrong"], "a batch of the data, (float32 (9, 7), int64 (9,))"),
+    "misfit": (
+        ["run", "mine.toml", "--set", "model.arguments={width=6}"],
+        "does not fit the model Sequential: misshapen 0.weight (4, 3) where the model has (6, 3), 0.bias (4,)",
+    ),
+    "wrong data": (
+        ["run", "mine.toml", "--set", "data.source=mine.py:wrong"],
+        "a batch of the data, (float32 (9, 7), int64 (9,))",
+    ),
     "unwritable": (["run", "mine.toml", "--out", "mine.py/s.h5"], "cannot write to the folder mine.py"),
     "output is a folder": (["run", "mine.toml", "--out", "."], "is a folder"),
     "no such device": (["run", "mine.toml", "--set", "run.device=cuda:9"], "device 'cuda:9' cannot be used"),
@@ -131,7 +157,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown option": (["run", "--verbos"], "unrecognized arguments: --verbos"),
     "no surface": (["plot", "none.h5"], "no surface file none.h5"),
     "not HDF5": (["status", "mine.py"], "mine.py is not a surface file"),
-    "not finite": (["run", "mine.toml", "--set", "model.checkpoint=nan.pt"], "the weights are not finite: parameter 0.bias"),
+    "not finite": (
+        ["run", "mine.toml", "--set", "model.checkpoint=nan.pt"],
+        "the weights are not finite: parameter 0.bias",
+    ),
 }
 
 
@@ -191,11 +220,13 @@ def test_help_fits_one_screen(processes: Processes) -> None:
         assert processes.python("-m", "distsurf", verb, "--help").code == 0
 
 
-def test_importing_distsurf_is_light(processes: Processes) -> None:
-    code = "import distsurf, sys; print([m for m in ('torch', 'mpi4py', 'torchvision', 'matplotlib') if m in sys.modules])"
-    assert processes.python("-c", code).out.strip() == "[]"
-    code = (
-        "import distsurf.run, sys; "
-        "print([m for m in ('mpi4py', 'torchvision', 'matplotlib', 'sklearn') if m in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("distsurf", ["torch", "mpi4py", "torchvision", "matplotlib"]),
+        ("distsurf.run", ["mpi4py", "torchvision", "matplotlib", "sklearn"]),
+    ],
+)
+def test_importing_is_light(processes: Processes, module: str, absent: list[str]) -> None:
+    code = f"import {module}, sys; print([m for m in {absent} if m in sys.modules])"
     assert processes.python("-c", code).out.strip() == "[]"

@@ -34,7 +34,9 @@ class Quadratic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        self.theta = nn.Parameter(
+            torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        )
         self.register_buffer("diagonal", torch.arange(1.0, 13.0, dtype=torch.float64).view(4, 3))
 
     def forward(self) -> torch.Tensor:
@@ -54,12 +56,19 @@ def test_quadratic_has_its_closed_form(axes: dict[str, str], normalization: str)
     theta = model.theta.detach().numpy()
     center = np.zeros(layout.size)
     layout.views(center)[0][...] = theta
-    D = np.stack([  # noqa: N806 - a matrix
-        layout.views(normalize(random_direction(layout, 5, k), center, layout, how=normalization))[0].ravel()  # type: ignore[arg-type]
-        for k in range(len(axes))
-    ]).astype(np.float64)
-    A, t = np.diag(np.arange(1.0, 13)), theta.ravel()  # noqa: N806
-    ticks = [np.linspace(float(a.split(":")[0]), float(a.split(":")[1]), int(a.split(":")[2])) for a in axes.values()]
+    D = np.stack(
+        [
+            layout.views(normalize(random_direction(layout, 5, k), center, layout, how=normalization))[
+                0
+            ].ravel()  # type: ignore[arg-type]
+            for k in range(len(axes))
+        ]
+    ).astype(np.float64)
+    A, t = np.diag(np.arange(1.0, 13)), theta.ravel()
+    ticks = [
+        np.linspace(float(a.split(":")[0]), float(a.split(":")[1]), int(a.split(":")[2]))
+        for a in axes.values()
+    ]
     c = np.stack(np.meshgrid(*ticks[::-1], indexing="ij")[::-1], axis=-1)
     expected = 0.5 * np.einsum("...k,kl,...l", c, D @ A @ D.T, c) + c @ (D @ A @ t) + 0.5 * t @ A @ t
     assert surface["loss"].shape == expected.shape
@@ -84,7 +93,9 @@ def trained() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model.eval(), x, y
 
 
-def test_real_network_against_a_plain_torch_loop(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+def test_real_network_against_a_plain_torch_loop(
+    trained: tuple[nn.Module, torch.Tensor, torch.Tensor],
+) -> None:
     """Every grid value, by a textbook loop over tensors with five-line filter normalization."""
     model, x, y = trained
     surface = distsurf.evaluate(
@@ -109,7 +120,9 @@ def test_real_network_against_a_plain_torch_loop(trained: tuple[nn.Module, torch
                     p.copy_(w + a * d + b * e)
                 for split, part in (("train", slice(0, 200)), ("test", slice(200, None))):
                     out = model(x[part])
-                    assert surface[f"{split}_loss"][i, j] == pytest.approx(float(F.cross_entropy(out, y[part])), rel=1e-6)
+                    assert surface[f"{split}_loss"][i, j] == pytest.approx(
+                        float(F.cross_entropy(out, y[part])), rel=1e-6
+                    )
                     hits = (out.argmax(1) == y[part]).double().mean()
                     assert surface[f"{split}_accuracy"][i, j] == pytest.approx(100 * float(hits), rel=1e-12)
         for p, w in zip(model.parameters(), theta, strict=True):
@@ -188,7 +201,12 @@ def test_failed_points_are_reported_and_tried_again_by_the_next_call(
         return {"loss": (F.cross_entropy(output, batch[1], reduction="sum"), len(batch[1]))}
 
     limit = 1.0001 * float(model(x).detach().abs().max())
-    options: dict[str, Any] = {"objective": fails_far_out, "x": "-2:2:5", "out": tmp_path / "s.h5", "progress": "none"}
+    options: dict[str, Any] = {
+        "objective": fails_far_out,
+        "x": "-2:2:5",
+        "out": tmp_path / "s.h5",
+        "progress": "none",
+    }
     with pytest.raises(distsurf.Incomplete, match="FloatingPointError: too far out") as error:
         distsurf.evaluate(model, (x, y), **options)
     assert error.value.surface.count(Status.FAILED) > 0
@@ -225,7 +243,9 @@ def test_surface_of_another_job_is_refused_with_the_fields(
     np.testing.assert_array_equal(kept["loss"], first["loss"])
 
 
-def test_changed_user_code_is_another_objective(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+def test_changed_user_code_is_another_objective(
+    trained: tuple[nn.Module, torch.Tensor, torch.Tensor],
+) -> None:
     model, x, y = trained
 
     def surface(function: Any) -> Any:
@@ -254,7 +274,9 @@ def test_losses_by_name_by_callable_and_by_own_objective_agree(
     assert by_module.names == ("loss",)
 
 
-def test_non_finite_and_negative_losses_are_values(trained: tuple[nn.Module, torch.Tensor, torch.Tensor]) -> None:
+def test_non_finite_and_negative_losses_are_values(
+    trained: tuple[nn.Module, torch.Tensor, torch.Tensor],
+) -> None:
     model, x, y = trained
 
     def logs(model: nn.Module, batch: Any) -> dict[str, Any]:
@@ -262,7 +284,9 @@ def test_non_finite_and_negative_losses_are_values(trained: tuple[nn.Module, tor
         return {"loss": (torch.log(weight), 1), "negative": (-weight - 5, 1), "pole": (1 / (weight * 0), 1)}
 
     start = float(model[0].weight.double().norm())
-    surface = distsurf.evaluate(model, (x[:2], y[:2]), objective=logs, x="-0.2:1:7", batch_size=2, progress="none")
+    surface = distsurf.evaluate(
+        model, (x[:2], y[:2]), objective=logs, x="-0.2:1:7", batch_size=2, progress="none"
+    )
     assert surface.complete
     assert np.isnan(surface["loss"]).any()
     assert (surface["negative"] < 0).all()

@@ -20,7 +20,9 @@ axes = st.builds(
 def test_axis_values_are_linspace(axis: Axis) -> None:
     assert axis.values[0] == axis.low
     assert axis.values[-1] == axis.high
-    np.testing.assert_allclose(axis.values, np.linspace(axis.low, axis.high, axis.count), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        axis.values, np.linspace(axis.low, axis.high, axis.count), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("count", [3, 51, 251, 1001])
@@ -63,11 +65,18 @@ def test_any_prefix_of_the_order_covers_the_grid(share: float) -> None:
 
 def test_corners_come_first() -> None:
     grid = Grid.parse({"x": "-1:1:5", "y": "0:1:3"})
-    assert {tuple(c) for c in grid.coordinates(grid.coarse_to_fine()[:4])} == {(-1, 0), (1, 0), (-1, 1), (1, 1)}
+    assert {tuple(c) for c in grid.coordinates(grid.coarse_to_fine()[:4])} == {
+        (-1, 0),
+        (1, 0),
+        (-1, 1),
+        (1, 1),
+    }
 
 
-@pytest.mark.parametrize("text", ["1:2", "a:b:c", "", "0:1:2:3", "0:1:0", "0:1:2.5", "1:0:5", "0:nan:3", "0:inf:3",
-                                  "0:1:1", "0:0:2"])
+@pytest.mark.parametrize(
+    "text",
+    ["1:2", "a:b:c", "", "0:1:2:3", "0:1:0", "0:1:2.5", "1:0:5", "0:nan:3", "0:inf:3", "0:1:1", "0:0:2"],
+)
 def test_unreadable_axis_is_one_line(text: str) -> None:
     with pytest.raises(InputError) as error:
         Axis.parse(text)

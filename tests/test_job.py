@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from distsurf.assemble import recipe
 from distsurf.errors import InputError
 from distsurf.job import Job
 
@@ -31,11 +32,21 @@ def test_text_reads_back() -> None:
     assert job.grid.grid().shape == (3, 5)
 
 
-@pytest.mark.parametrize(("override", "differs"), [
-    ("grid.x=-1:1:7", True), ("directions.seed=3", True), ("objective.loss=mse", True), ("data.batch_size=5", True),
-    ("run.precision=fp64", True), ('model.arguments={in_channels=1,width=8}', True),
-    ("name=other", False), ("output.file=elsewhere.h5", False), ("run.threads=3", False), ("run.device=cpu", False),
-])
+@pytest.mark.parametrize(
+    ("override", "differs"),
+    [
+        ("grid.x=-1:1:7", True),
+        ("directions.seed=3", True),
+        ("objective.loss=mse", True),
+        ("data.batch_size=5", True),
+        ("run.precision=fp64", True),
+        ("model.arguments={in_channels=1,width=8}", True),
+        ("name=other", False),
+        ("output.file=elsewhere.h5", False),
+        ("run.threads=3", False),
+        ("run.device=cpu", False),
+    ],
+)
 def test_fingerprint_follows_what_values_depend_on(override: str, differs: bool) -> None:
     job, other = Job.read(TEXT), Job.read(TEXT, [override])
     assert other != job
@@ -50,24 +61,27 @@ def test_fingerprint_is_canonical() -> None:
     assert Job.read(TEXT, ["directions.normalization=filter"]).fingerprint == Job.read(TEXT).fingerprint
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("gird.x=1", ["unknown key gird", "did you mean 'grid'?"]),
-    ("grid.w=0:1:2", ["unknown key grid.w", "There is x, y, z"]),
-    ("model.checkpiont=a", ["unknown key model.checkpiont", "did you mean 'checkpoint'?"]),
-    ("run.precision=fp16", ["run.precision = 'fp16'", "expected 'fp32' or 'fp64'"]),
-    ("directions.seed=-1", ["directions.seed = -1", "greater than or equal to 0"]),
-    ("data.batch_size=many", ["data.batch_size = 'many'", "expected a valid integer"]),
-    ("grid.x=1:2", ["grid: axis '1:2' cannot be read: expected min:max:count"]),
-    ("grid.z=", ["grid", "cannot be read"]),
-    ("objective.loss=[3]", ["objective.loss.0 = 3", "expected a name"]),
-    ("objective.loss=[]", ["at least one loss"]),
-    ("objective.batch_norm=none", ["objective.batch_norm = 'none'", "expected 'frozen'"]),
-    ("train.epochs=3", ["[train] needs model.checkpoint"]),
-    ("train.lr=3", ["train.epochs is missing"]),
-    ("name=a/b", ["name", "no '/'"]),
-    ("grid", ["--set 'grid' cannot be read"]),
-    ("name.deeper=1", ["name is a value, not a section"]),
-])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("gird.x=1", ["unknown key gird", "did you mean 'grid'?"]),
+        ("grid.w=0:1:2", ["unknown key grid.w", "There is x, y, z"]),
+        ("model.checkpiont=a", ["unknown key model.checkpiont", "did you mean 'checkpoint'?"]),
+        ("run.precision=fp16", ["run.precision = 'fp16'", "expected 'fp32' or 'fp64'"]),
+        ("directions.seed=-1", ["directions.seed = -1", "greater than or equal to 0"]),
+        ("data.batch_size=many", ["data.batch_size = 'many'", "expected a valid integer"]),
+        ("grid.x=1:2", ["grid: axis '1:2' cannot be read: expected min:max:count"]),
+        ("grid.z=", ["grid", "cannot be read"]),
+        ("objective.loss=[3]", ["objective.loss.0 = 3", "expected a name"]),
+        ("objective.loss=[]", ["at least one loss"]),
+        ("objective.batch_norm=none", ["objective.batch_norm = 'none'", "expected 'frozen'"]),
+        ("train.epochs=3", ["[train] needs model.checkpoint"]),
+        ("train.lr=3", ["train.epochs is missing"]),
+        ("name=a/b", ["name", "no '/'"]),
+        ("grid", ["--set 'grid' cannot be read"]),
+        ("name.deeper=1", ["name is a value, not a section"]),
+    ],
+)
 def test_what_is_wrong_is_said_in_one_line(override: str, words: list[str]) -> None:
     with pytest.raises(InputError) as error:
         Job.read(TEXT, [override])
@@ -84,7 +98,11 @@ def test_missing_sections_are_named() -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("x = = 1")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    for name, words in (("none.toml", "No such file"), ("bad.toml", "is not TOML"), ("binary.toml", "not text")):
+    for name, words in (
+        ("none.toml", "No such file"),
+        ("bad.toml", "is not TOML"),
+        ("binary.toml", "not text"),
+    ):
         with pytest.raises(InputError, match=words):
             Job.load(tmp_path / name)
 
@@ -94,3 +112,15 @@ def test_jobs_of_the_repository_are_valid() -> None:
     assert found
     for path in found:
         assert Job.load(path).name == path.stem
+
+
+def test_jobs_that_share_a_checkpoint_share_its_recipe() -> None:
+    """Else the second one of them would be refused the first one's weights."""
+    root = Path(__file__).parent.parent
+    recipes: dict[str | None, set[str]] = {}
+    for path in [root / "distsurf" / "default.toml", *(root / "jobs").glob("*.toml")]:
+        job = Job.load(path)
+        if job.train is not None:
+            recipes.setdefault(job.model.checkpoint, set()).add(recipe(job))
+    assert recipes
+    assert all(len(found) == 1 for found in recipes.values())

@@ -39,9 +39,16 @@ def test_bar_shows_what_was_there_before() -> None:
     assert "100/100" in stream.getvalue().split("\r")[-1]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (float("inf"), "unknown time"),
-])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
+        (float("inf"), "unknown time"),
+    ],
+)
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 

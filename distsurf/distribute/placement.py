@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from collections import Counter
@@ -11,6 +12,22 @@ import torch
 
 from distsurf.distribute.ranks import Ranks
 from distsurf.errors import InputError
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next batch rather than give it back to the kernel.
+
+    Activations come and go with every layer; where glibc maps and unmaps them each time, page faults were measured to
+    take up to half of a small network's time with 8 ranks on 2 cores (`tests/bench_run.py`, "memory"). Changes no
+    value. Other C libraries are left as they are.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_threshold, 256 << 20)
+    mallopt(trim_threshold, 512 << 20)
 
 
 def usable_cores() -> list[int]:
@@ -30,6 +47,8 @@ class Placement:
     def apply(self) -> None:
         """Set the calling thread's device and number of threads (both are settings of a thread)."""
         torch.set_num_threads(self.threads)
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 

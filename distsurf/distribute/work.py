@@ -48,6 +48,23 @@ class Report:
     failures: list[tuple[int, str]]
     is_leaving: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Bytes travel several times faster than pickled arrays, and rank 0 unpickles one of these per shard.
+        arrays = self.points.tobytes(), self.values.tobytes(), self.seconds.tobytes()
+        return _report_of, (*arrays, self.values.shape[1], self.failures, self.is_leaving)
+
+
+def _report_of(
+    points: bytes,
+    values: bytes,
+    seconds: bytes,
+    columns: int,
+    failures: list[tuple[int, str]],
+    is_leaving: bool,
+) -> Report:
+    table = np.frombuffer(values).reshape(-1, columns)
+    return Report(np.frombuffer(points, np.int64), table, np.frombuffer(seconds), failures, is_leaving)
+
 
 def evaluate_shard(
     evaluator: Evaluator, grid: Grid, shard: Shard, columns: int, stop: Callable[[], bool]
@@ -175,10 +192,11 @@ def coordinate(
         while len(leaving) < ranks.size:
             reports = ranks.receive() + own.arrived()
             for worker, report in reports:
-                new = coordinator.result(worker, report.points, report.values, report.seconds)
-                if new.any():
-                    recorder.record(report.points[new], report.values[new], report.seconds[new])
-                    recorded += int(new.sum())
+                if len(report.points):
+                    new = coordinator.result(worker, report.points, report.values, report.seconds)
+                    if new.any():
+                        recorder.record(report.points[new], report.values[new], report.seconds[new])
+                        recorded += int(np.count_nonzero(new))
                 for point, reason in report.failures:
                     if coordinator.failure(worker, point, reason):
                         recorder.record_failure(point, reason)

@@ -191,7 +191,9 @@ class SurfaceFile:
         status = self._h5["status"][...].ravel()
         slot_of = {point: slot for slot, point in enumerate(recorded) if point >= 0}
         # A slot is free if it was never used or speaks of a point that has succeeded since.
-        free = [i for i, p in enumerate(recorded) if p < 0 or (p not in failures and status[p] != Status.FAILED)]
+        free = [
+            i for i, p in enumerate(recorded) if p < 0 or (p not in failures and status[p] != Status.FAILED)
+        ]
         for point, reason in failures.items():
             slot = slot_of[point] if point in slot_of else free.pop(0) if free else None
             if slot is not None:  # the table is full: the point is marked failed all the same

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from distsurf.surface import Status, Surface
@@ -166,7 +165,10 @@ def test_same_script_alone_and_under_mpirun(job: Processes) -> None:
     assert together.code == 0, together.err
     total = alone.out.split()[2]
     assert sorted(line.split()[1:] for line in together.out.splitlines()) == [
-        ["0", total, "True"], ["1", total, "False"], ["2", total, "False"]]
+        ["0", total, "True"],
+        ["1", total, "False"],
+        ["2", total, "False"],
+    ]
     assert _values(job.folder / "script.h5") == values
     assert (job.folder / "script.png").exists()
 
@@ -179,8 +181,8 @@ from distsurf.distribute.ranks import connect
 ranks = connect()
 value = None
 if ranks.rank == 0:
-    value = {"big": torch.arange(6_000_000.0), "half": torch.ones(3, dtype=torch.bfloat16), "flags": torch.tensor([True]),
-             "numpy": np.arange(5), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "text": ("a", [1])}
+    value = {"big": torch.arange(6_000_000.0), "half": torch.ones(3, dtype=torch.bfloat16),
+             "flags": torch.tensor([True]), "numpy": np.arange(5), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "text": ("a", [1])}
 got = distribute(ranks, value)
 assert got["big"].sum() == torch.arange(6_000_000.0).sum() and got["big"].data_ptr() % 64 == 0
 assert got["half"].dtype == torch.bfloat16 and got["half"].sum() == 3 and bool(got["flags"])
@@ -242,7 +244,11 @@ def test_singletons_are_refused_with_the_remedy(job: Processes) -> None:
 
 
 def test_missing_mpi_library_is_said_with_the_remedy(job: Processes) -> None:
-    environment = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
+    environment = {
+        "OMPI_COMM_WORLD_RANK": "0",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "MPI4PY_LIBMPI": "/nowhere/libmpi.so",
+    }
     ended = job.end(job.start(*job.command(0), *RUN, env=environment))
     assert ended.code == 1
     assert "pip install 'distsurf[mpich]'" in ended.err

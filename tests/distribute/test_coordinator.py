@@ -59,8 +59,10 @@ class Simulation:
         self.evaluations[points] += 1
         failed = [p for p in points.tolist() if self.failing.get(p, 0) > 0]
         good = np.array([p for p in points.tolist() if p not in failed], np.int64)
-        new = self.coordinator.result(worker, good, good[:, None] * 1.0, np.full(len(good), self.speeds[worker]))
-        self.recorded[good[new]] += 1
+        if len(good):
+            seconds = np.full(len(good), self.speeds[worker])
+            new = self.coordinator.result(worker, good, good[:, None] * 1.0, seconds)
+            self.recorded[good[new]] += 1
         for point in failed:
             self.failing[point] -= 1
             self.tried_by.setdefault(point, []).append(worker)

@@ -35,7 +35,9 @@ class Quadratic:
         return (coordinates[:, :1] ** 2 + 10 * coordinates[:, 1:2] ** 2).reshape(-1, 1)
 
 
-def _run(evaluator: Quadratic, stop: StopRequest | None = None, **options: object) -> tuple[SurfaceFile, dict[int, str]]:
+def _run(
+    evaluator: Quadratic, stop: StopRequest | None = None, **options: object
+) -> tuple[SurfaceFile, dict[int, str]]:
     file = SurfaceFile.memory(GRID, evaluator.columns)
     stop = stop or StopRequest()
     failed = coordinate(Ranks(), evaluator, GRID, FullPlan(GRID.coarse_to_fine()), file, stop=stop, **options)  # type: ignore[arg-type]
@@ -154,14 +156,26 @@ def test_results_are_committed_while_the_work_goes_on() -> None:
             seen.append(file.read().count(Status.EVALUATED))
             release.set()
 
-    coordinate(Ranks(), Quadratic(before), GRID, FullPlan(GRID.coarse_to_fine()), file, stop=StopRequest(),
-               on_progress=on_progress, commit_seconds=0)
+    coordinate(
+        Ranks(),
+        Quadratic(before),
+        GRID,
+        FullPlan(GRID.coarse_to_fine()),
+        file,
+        stop=StopRequest(),
+        on_progress=on_progress,
+        commit_seconds=0,
+    )
     assert seen
     assert 2 <= seen[0] < GRID.size
 
 
 def test_cost_is_the_time_of_the_point() -> None:
     report = evaluate_shard(
-        Quadratic(lambda x, y: time.sleep(0.05 if x > 0.9 else 0)), GRID, Shard(np.array([0, 8])), 1, lambda: False
+        Quadratic(lambda x, y: time.sleep(0.05 if x > 0.9 else 0)),
+        GRID,
+        Shard(np.array([0, 8])),
+        1,
+        lambda: False,
     )
     assert report.seconds[1] >= 0.05 > report.seconds[0]

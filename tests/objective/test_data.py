@@ -74,8 +74,20 @@ def test_nested_inputs() -> None:
     assert torch.equal(split.batches(3)[1][0][1]["more"], X[3:6])
 
 
-@pytest.mark.parametrize("bad", [(X, Y[:4]), [], {}, (X[:0], Y[:0]), 3, "digits", [("a", "b")], {"train": None},
-                                 (torch.tensor(1.0), torch.tensor(2))])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (X, Y[:4]),
+        [],
+        {},
+        (X[:0], Y[:0]),
+        3,
+        "digits",
+        [("a", "b")],
+        {"train": None},
+        (torch.tensor(1.0), torch.tensor(2)),
+    ],
+)
 def test_what_is_no_data_is_one_line(bad: Any) -> None:
     with pytest.raises(InputError) as error:
         as_splits(bad)

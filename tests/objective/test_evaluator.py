@@ -110,11 +110,17 @@ def test_several_splits_and_terms_from_one_pass() -> None:
     model, (x, y) = CASES[0].make()
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
-    objective = Supervised([Term.named("cross_entropy", {}, "loss"), Term.named("focal", {}), Term.named("accuracy", {})])
+    objective = Supervised(
+        [Term.named("cross_entropy", {}, "loss"), Term.named("focal", {}), Term.named("accuracy", {})]
+    )
     with _evaluator(model, {"train": (x, y), "test": (x[:5], y[:5])}, objective) as evaluator:
         assert [(c.name, c.unit) for c in evaluator.columns] == [
-            ("train_loss", ""), ("train_focal", ""), ("train_accuracy", "%"),
-            ("test_loss", ""), ("test_focal", ""), ("test_accuracy", "%"),
+            ("train_loss", ""),
+            ("train_focal", ""),
+            ("train_accuracy", "%"),
+            ("test_loss", ""),
+            ("test_focal", ""),
+            ("test_accuracy", "%"),
         ]
         passes.clear()
         evaluator(POINTS[:1])
@@ -129,15 +135,26 @@ def test_sums_are_float64() -> None:
     subspace, buffers = _subspace(model)
     data = (torch.zeros(2_000_000, 1), torch.zeros(2_000_000))
     still = Subspace(subspace.layout, subspace.center, tuple(0 * d for d in subspace.directions))
-    with ModelEvaluator(model, still, buffers, as_splits(data), Supervised([Term.named("mae", {})]),
-                        batch_size=1000, device=CPU) as evaluator:
+    with ModelEvaluator(
+        model,
+        still,
+        buffers,
+        as_splits(data),
+        Supervised([Term.named("mae", {})]),
+        batch_size=1000,
+        device=CPU,
+    ) as evaluator:
         assert evaluator(POINTS[:1])[0, 0] == pytest.approx(float(np.float32(0.1)), rel=1e-12)
 
 
-@pytest.mark.parametrize(("value", "check"), [(float("nan"), np.isnan), (float("inf"), np.isposinf), (-3.5, None)])
+@pytest.mark.parametrize(
+    ("value", "check"), [(float("nan"), np.isnan), (float("inf"), np.isposinf), (-3.5, None)]
+)
 def test_any_float_is_a_value(value: float, check: Any) -> None:
     model, data = CASES[0].make()
-    with _evaluator(model, data, lambda model, batch: {"loss": (value * len(batch[0]), len(batch[0]))}) as evaluator:
+    with _evaluator(
+        model, data, lambda model, batch: {"loss": (value * len(batch[0]), len(batch[0]))}
+    ) as evaluator:
         result = evaluator(POINTS)
     assert check(result).all() if check else (result == value).all()
 
@@ -154,9 +171,14 @@ def test_objective_of_the_wrong_form(returned: Any) -> None:
 
 def test_data_that_does_not_fit_the_model_says_both() -> None:
     model, _ = CASES[0].make()
-    with pytest.raises(InputError) as error, _evaluator(
-        model, {"train": (torch.zeros(4, 9), torch.zeros(4, dtype=torch.int64))},
-        Supervised([Term.named("cross_entropy", {})])):
+    with (
+        pytest.raises(InputError) as error,
+        _evaluator(
+            model,
+            {"train": (torch.zeros(4, 9), torch.zeros(4, dtype=torch.int64))},
+            Supervised([Term.named("cross_entropy", {})]),
+        ),
+    ):
         pass
     assert "train data, (float32 (4, 9), int64 (4,))" in str(error.value)
     assert "\n" not in str(error.value)
@@ -165,8 +187,9 @@ def test_data_that_does_not_fit_the_model_says_both() -> None:
 def test_stops_between_batches() -> None:
     model, data = CASES[0].make()
     seen = []
-    with _evaluator(model, data, Supervised([Term.named("cross_entropy", {})]), batch_size=1,
-                    stop=lambda: len(seen) > 3) as evaluator:
+    with _evaluator(
+        model, data, Supervised([Term.named("cross_entropy", {})]), batch_size=1, stop=lambda: len(seen) > 3
+    ) as evaluator:
         model.register_forward_hook(lambda *_: seen.append(1))
         with pytest.raises(Stopped):
             evaluator(POINTS)

@@ -17,8 +17,8 @@ LOGITS = rng.normal(size=(50, 7)) * 3
 CLASSES = rng.integers(7, size=50)
 LOG_P = scipy.special.log_softmax(LOGITS, axis=1)[np.arange(50), CLASSES]
 REAL, TARGET = rng.normal(size=(50, 3)), rng.normal(size=(50, 3))
-RIGHT = LOGITS.argmax(1) == CLASSES
-RANKS = (LOGITS > LOGITS[np.arange(50), CLASSES][:, None]).sum(1)
+RIGHT = np.equal(LOGITS.argmax(1), CLASSES)
+RANKS = (LOGITS[np.arange(50), CLASSES][:, None] < LOGITS).sum(1)
 GAP = np.abs(REAL - TARGET)
 MARGINS = np.maximum(0, 1 - LOGITS[np.arange(50), CLASSES][:, None] + LOGITS)
 MARGINS[np.arange(50), CLASSES] = 0
@@ -27,7 +27,10 @@ MARGINS[np.arange(50), CLASSES] = 0
 EXPECTED: dict[str, tuple[Any, Any, float]] = {
     "cross_entropy": (LOGITS, CLASSES, -LOG_P.mean()),
     "label_smoothing": (
-        LOGITS, CLASSES, -(0.9 * LOG_P + 0.1 * scipy.special.log_softmax(LOGITS, axis=1).mean(1)).mean()),
+        LOGITS,
+        CLASSES,
+        -(0.9 * LOG_P + 0.1 * scipy.special.log_softmax(LOGITS, axis=1).mean(1)).mean(),
+    ),
     "focal": (LOGITS, CLASSES, -((1 - np.exp(LOG_P)) ** 2 * LOG_P).mean()),
     "hinge": (LOGITS, CLASSES, MARGINS.mean()),
     "mse": (REAL, TARGET, (GAP**2).mean()),
@@ -64,7 +67,9 @@ def test_parameters() -> None:
 
 def test_binary_forms() -> None:
     score, sign = REAL[:, :1], np.sign(TARGET[:, 0])
-    assert _value(Term.named("hinge", {}), score, sign) == pytest.approx(np.maximum(0, 1 - sign * score[:, 0]).mean())
+    assert _value(Term.named("hinge", {}), score, sign) == pytest.approx(
+        np.maximum(0, 1 - sign * score[:, 0]).mean()
+    )
     assert _value(Term.named("accuracy", {}), score, sign) == 100 * ((score[:, 0] > 0) == (sign > 0)).mean()
     zero_one = (sign > 0).astype(np.int64)
     assert _value(Term.named("accuracy", {}), score, zero_one) == 100 * ((score[:, 0] > 0) == zero_one).mean()
@@ -74,7 +79,9 @@ def test_ignored_targets_and_dense_prediction() -> None:
     outputs, targets = torch.randn(4, 5, 6, 6), torch.randint(5, (4, 6, 6))
     targets[0] = -100
     expected = nn.functional.cross_entropy(outputs.double(), targets)
-    assert _value(Term.named("cross_entropy", {}), outputs, targets) == pytest.approx(float(expected), rel=1e-6)
+    assert _value(Term.named("cross_entropy", {}), outputs, targets) == pytest.approx(
+        float(expected), rel=1e-6
+    )
 
 
 def test_no_silent_broadcasting() -> None:
@@ -93,15 +100,23 @@ def test_large_logits_stay_finite() -> None:
     assert math.isfinite(_value(Term.named("focal", {}), outputs, torch.tensor([1, 1])))
 
 
-@pytest.mark.parametrize("loss", [
-    nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="none"), nn.CrossEntropyLoss(reduction="sum"),
-    lambda outputs, targets: nn.functional.cross_entropy(outputs, targets),
-])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(reduction="none"),
+        nn.CrossEntropyLoss(reduction="sum"),
+        lambda outputs, targets: nn.functional.cross_entropy(outputs, targets),
+    ],
+)
 def test_users_losses_by_any_reduction(loss: Any) -> None:
     objective = Supervised([Term.users(loss)])
     inputs, targets = torch.tensor(LOGITS), torch.tensor(CLASSES)
     objective.check(nn.Identity(), (inputs, targets))
-    parts = [objective(nn.Identity(), (inputs[part], targets[part]))["loss"] for part in (slice(13), slice(13, None))]
+    parts = [
+        objective(nn.Identity(), (inputs[part], targets[part]))["loss"]
+        for part in (slice(13), slice(13, None))
+    ]
     mean = sum(float(total) for total, _ in parts) / sum(int(count) for _, count in parts)
     assert mean == pytest.approx(-LOG_P.mean(), rel=1e-12)
 

@@ -75,11 +75,15 @@ def test_filter_normalization_against_numpy(layout: Layout, center: np.ndarray, 
 
 def test_layer_weight_and_no_normalization(layout: Layout, center: np.ndarray) -> None:
     raw = random_direction(layout, 3, 0)
-    by = {how: layout.views(normalize(raw, center, layout, how=how, ignore="none"))  # type: ignore[arg-type]
-          for how in ("layer", "weight", "none")}
+    by = {
+        how: layout.views(normalize(raw, center, layout, how=how, ignore="none"))  # type: ignore[arg-type]
+        for how in ("layer", "weight", "none")
+    }
     for i, (raw_d, w) in enumerate(zip(layout.views(raw), layout.views(center), strict=True)):
         if w.size:
-            np.testing.assert_allclose(by["layer"][i], raw_d * (np.linalg.norm(w) / np.linalg.norm(raw_d)), rtol=2e-6)
+            np.testing.assert_allclose(
+                by["layer"][i], raw_d * (np.linalg.norm(w) / np.linalg.norm(raw_d)), rtol=2e-6
+            )
         np.testing.assert_array_equal(by["weight"][i], raw_d * w)
         np.testing.assert_array_equal(by["none"][i], raw_d)
 
@@ -94,7 +98,10 @@ def test_filters_of_zero_weight_do_not_move(layout: Layout, center: np.ndarray) 
 def test_random_directions_are_nearly_orthogonal_as_predicted() -> None:
     """E|cos| ≈ sqrt(2/(π n)) (Li et al. 2018, appendix)."""
     layout = Layout(("w",), ((100, 100),))
-    cosines = [abs(cosine(random_direction(layout, seed, 0), random_direction(layout, seed, 1))) for seed in range(60)]
+    cosines = [
+        abs(cosine(random_direction(layout, seed, 0), random_direction(layout, seed, 1)))
+        for seed in range(60)
+    ]
     assert np.mean(cosines) == pytest.approx(math.sqrt(2 / (math.pi * 10_000)), rel=0.35)
 
 
@@ -110,7 +117,9 @@ def test_orthogonalized_directions_are_orthogonal() -> None:
 
 def test_dot_against_exact_sum() -> None:
     a, b = np.random.default_rng(0).normal(size=(2, 3_000_001)).astype(np.float32)
-    assert dot(a, b) == pytest.approx(math.fsum((a.astype(np.float64) * b.astype(np.float64)).tolist()), rel=1e-12)
+    assert dot(a, b) == pytest.approx(
+        math.fsum((a.astype(np.float64) * b.astype(np.float64)).tolist()), rel=1e-12
+    )
 
 
 def test_layout_lists_tied_weights_once() -> None:

@@ -20,7 +20,9 @@ def _net() -> nn.Module:
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 WRAPPED: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {

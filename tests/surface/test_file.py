@@ -104,7 +104,11 @@ def test_nothing_in_the_file_moves_after_creation(tmp_path: Path) -> None:
     def places(path: Path) -> dict[str, int]:
         found: dict[str, int] = {}
         with h5py.File(path) as h5:
-            h5.visititems(lambda name, d: found.update({name: d.id.get_offset()}) if isinstance(d, h5py.Dataset) else None)
+            h5.visititems(
+                lambda name, d: (
+                    found.update({name: d.id.get_offset()}) if isinstance(d, h5py.Dataset) else None
+                )
+            )
         return found
 
     path = tmp_path / "s.h5"
@@ -130,7 +134,9 @@ def test_xarray_sees_labelled_axes(tmp_path: Path) -> None:
     assert float(in_memory["train_loss"].sel(x=0.5, y=2.0)) == 13 * 1.5
 
 
-@pytest.mark.parametrize("axes", [{"x": "0:1:3"}, {"x": "0:0:1"}, {"x": "0:1:2", "y": "0:1:3", "z": "-1:0:4"}])
+@pytest.mark.parametrize(
+    "axes", [{"x": "0:1:3"}, {"x": "0:0:1"}, {"x": "0:1:2", "y": "0:1:3", "z": "-1:0:4"}]
+)
 def test_one_and_three_axes(tmp_path: Path, axes: dict[str, str]) -> None:
     grid = Grid.parse(axes)
     with SurfaceFile.create(tmp_path / "s.h5", grid, COLUMNS) as file:
@@ -159,7 +165,11 @@ def test_save_and_load_are_inverse(file: SurfaceFile, tmp_path: Path) -> None:
     again = Surface.load(tmp_path / "copy.h5")
     np.testing.assert_array_equal(again["loss"], surface["loss"])
     np.testing.assert_array_equal(again.status, surface.status)
-    assert (again.failures, again.fingerprint, again.columns) == ({9: "why"}, surface.fingerprint, surface.columns)
+    assert (again.failures, again.fingerprint, again.columns) == (
+        {9: "why"},
+        surface.fingerprint,
+        surface.columns,
+    )
     surface.is_writer = False
     surface.save(tmp_path / "none.h5")
     assert not (tmp_path / "none.h5").exists()
@@ -169,7 +179,11 @@ def test_what_is_no_surface_file(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("hello")
     with h5py.File(tmp_path / "other.h5", "w") as h5:
         h5["x"] = 1
-    for name, words in (("none.h5", "no surface file"), ("text.h5", "not HDF5"), ("other.h5", "not a surface file")):
+    for name, words in (
+        ("none.h5", "no surface file"),
+        ("text.h5", "not HDF5"),
+        ("other.h5", "not a surface file"),
+    ):
         with pytest.raises(InputError, match=words):
             SurfaceFile.open(tmp_path / name)
 
