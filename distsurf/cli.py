@@ -214,11 +214,10 @@ def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace) -> int:
 def _draw(surface: Surface, out: Path) -> list[Path]:
     """The pictures that fit the number of axes, beside the surface file."""
     kinds = {1: ["curves"], 2: ["contour", "surface"], 3: ["slices"]}[len(surface.grid.axes)]
-    column = surface.main_column
     paths = []
     for kind in kinds:
         path = out.with_name(f"{out.stem}_{PICTURES[kind]}.png")
-        surface.plot(column, path, kind=kind)
+        surface.plot(path=path, kind=kind)
         paths.append(path)
     return paths
 
@@ -268,16 +267,16 @@ def _facts(surface: Surface) -> list[str]:
 
 def _plot(options: argparse.Namespace) -> int:
     from distsurf.surface import Surface
+    from distsurf.view.figures import DEFAULT_KIND
 
     surface = Surface.load(options.file)
-    column = surface.main_column if options.column == "loss" else options.column
-    kind = options.kind or {1: "curves", 2: "contour", 3: "slices"}[len(surface.grid.axes)]
-    suffix = "" if column == surface.main_column else f"_{surface.column(column).name}"
+    kind = options.kind or DEFAULT_KIND[len(surface.grid.axes)]
+    suffix = "" if options.column == "loss" else f"_{surface.column(options.column).name}"
     path = options.output or options.file.with_name(f"{options.file.stem}_{PICTURES[kind]}{suffix}.png")
-    settings = {"title": options.title, "log": options.log}
-    surface.plot(
-        column, path, kind=kind, **{key: value for key, value in settings.items() if value is not None}
-    )
+    settings = {
+        name: getattr(options, name) for name in ("title", "log") if getattr(options, name) is not None
+    }
+    surface.plot(options.column, path, kind=kind, **settings)
     print(path)
     return 0
 

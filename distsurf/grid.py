@@ -113,8 +113,12 @@ class Grid:
 
     def coordinates(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
         """Coordinates ``(P, D)``, float64, columns x, y, z, of the points with indices ``(P,)``."""
-        positions = np.unravel_index(points, self.shape)[::-1]
-        return np.stack([axis.values[i] for axis, i in zip(self.axes, positions, strict=True)], axis=1)
+        coordinates = np.empty((len(points), len(self.axes)))
+        rest = points
+        for k, axis in enumerate(self.axes):
+            rest, position = np.divmod(rest, axis.count)
+            coordinates[:, k] = axis.values[position]
+        return coordinates
 
     def coordinates_of(self, point: int) -> tuple[float, ...]:
         """Coordinates x, y, z of one point."""

@@ -283,7 +283,7 @@ def test_non_finite_and_negative_losses_are_values(
         weight = model[0].weight.double().norm() - start
         return {"loss": (torch.log(weight), 1), "negative": (-weight - 5, 1), "pole": (1 / (weight * 0), 1)}
 
-    start = float(model[0].weight.double().norm())
+    start = float(model[0].weight.detach().double().norm())
     surface = distsurf.evaluate(
         model, (x[:2], y[:2]), objective=logs, x="-0.2:1:7", batch_size=2, progress="none"
     )

@@ -128,8 +128,11 @@ class Coordinator:
         if self.failed:
             for point in points.tolist():
                 self.failed.pop(point, None)
-        self._learn_speed(worker, float(seconds.sum()) / len(seconds))
-        self._plan.tell(points[new], values[new])
+        self._learn_speed(worker, sum(seconds.tolist()) / len(seconds))
+        if new.all():
+            self._plan.tell(points, values)
+        else:
+            self._plan.tell(points[new], values[new])
         return new
 
     def failure(self, worker: int, point: int, reason: str) -> bool:

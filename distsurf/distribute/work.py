@@ -193,10 +193,12 @@ def coordinate(
             reports = ranks.receive() + own.arrived()
             for worker, report in reports:
                 if len(report.points):
-                    new = coordinator.result(worker, report.points, report.values, report.seconds)
-                    if new.any():
-                        recorder.record(report.points[new], report.values[new], report.seconds[new])
-                        recorded += int(np.count_nonzero(new))
+                    result = report.points, report.values, report.seconds
+                    new = coordinator.result(worker, *result)
+                    if not new.all():  # late duplicates
+                        result = report.points[new], report.values[new], report.seconds[new]
+                    recorder.record(*result)
+                    recorded += len(result[0])
                 for point, reason in report.failures:
                     if coordinator.failure(worker, point, reason):
                         recorder.record_failure(point, reason)

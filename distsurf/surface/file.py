@@ -151,7 +151,8 @@ class SurfaceFile:
         self, points: NDArray[np.int64], values: NDArray[np.float64], seconds: NDArray[np.float64]
     ) -> None:
         """Take the values ``(P, C)`` and costs ``(P,)`` of points ``(P,)``; `commit` brings them to the file."""
-        self._pending.append((points, values, seconds))
+        if len(points):
+            self._pending.append((points, values, seconds))
 
     def record_failure(self, point: int, reason: str) -> None:
         """Take a point as failed, with the reason."""

@@ -114,14 +114,6 @@ class Surface:
         return float(values[point]), self.grid.coordinates_of(point)
 
     @property
-    def main_column(self) -> str:
-        """The column to draw if none is asked for: the loss if there is one, else the first."""
-        try:
-            return self.column("loss").name
-        except InputError:
-            return self.columns[0].name
-
-    @property
     def origin(self) -> tuple[int, ...] | None:
         """Position in the arrays of the point where all coordinates are zero: the model itself. None if absent."""
         position = []

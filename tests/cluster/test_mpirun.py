@@ -182,7 +182,8 @@ ranks = connect()
 value = None
 if ranks.rank == 0:
     value = {"big": torch.arange(6_000_000.0), "half": torch.ones(3, dtype=torch.bfloat16),
-             "flags": torch.tensor([True]), "numpy": np.arange(5), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "text": ("a", [1])}
+             "flags": torch.tensor([True]), "numpy": np.arange(5), "scalar": torch.tensor(2.5),
+             "empty": torch.empty(0, 3), "text": ("a", [1])}
 got = distribute(ranks, value)
 assert got["big"].sum() == torch.arange(6_000_000.0).sum() and got["big"].data_ptr() % 64 == 0
 assert got["half"].dtype == torch.bfloat16 and got["half"].sum() == 3 and bool(got["flags"])
@@ -192,16 +193,32 @@ ranks.barrier()
 if ranks.rank == 1:
     got["big"][3] = -1.0  # one copy per node: what one rank writes, the others see
 ranks.barrier()
-print(ranks.is_shared, float(got["big"][3]))
+print(ranks.rank, ranks.is_shared, float(got["big"][3]))
 ranks.close()
 """
 
 
-def test_large_arrays_are_one_copy_per_node(job: Processes) -> None:
+# MPICH's own way to treat the ranks of one machine as those of two nodes.
+TWO_NODES = {"MPIR_CVAR_ODD_EVEN_CLIQUES": "1"}
+
+
+@pytest.mark.parametrize("environment", [{}, TWO_NODES], ids=["one node", "two nodes"])
+def test_large_arrays_are_one_copy_per_node(job: Processes, environment: dict[str, str]) -> None:
     (job.folder / "window.py").write_text(WINDOW)
-    ended = job.python("window.py", ranks=3)
+    ended = job.end(job.start(*job.command(4), "window.py", env=environment))
     assert ended.code == 0, ended.err
-    assert ended.out.split() == ["True", "-1.0"] * 3
+    seen = {int(line.split()[0]): line.split()[1:] for line in ended.out.splitlines()}
+    beside_rank_1 = {1, 3} if environment else {0, 1, 2, 3}
+    assert seen == {rank: ["True", "-1.0" if rank in beside_rank_1 else "3.0"] for rank in range(4)}
+
+
+def test_same_bits_with_the_data_in_shared_windows(job: Processes) -> None:
+    options = (*RUN, "--set", "data.arguments={n=70000}", "--set", "grid.x=-1:1:2", "--set", "grid.y=0:0:1")
+    alone = job.python(*options, "--out", "alone.h5")
+    together = job.end(job.start(*job.command(4), *options, "--out", "together.h5", env=TWO_NODES))
+    assert (alone.code, together.code) == (0, 0), alone.err + together.err
+    assert "4 ranks" in together.out
+    assert _values(job.folder / "alone.h5") == _values(job.folder / "together.h5")
 
 
 WAITING = """

@@ -1,0 +1,167 @@
+"""What there is to show of a surface at every grid point: a value, nothing yet, a failure, or a hole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.tri import LinearTriInterpolator, Triangulation
+from numpy.typing import NDArray
+
+from distsurf.errors import InputError
+from distsurf.grid import Axis
+from distsurf.surface.surface import Column, Status, Surface
+
+SPLITS = ("train", "test", "val", "valid", "validation")
+
+
+@dataclass(frozen=True)
+class Points:
+    """One column of a surface, every array of the grid's shape."""
+
+    values: NDArray[np.float64]
+    """Finite values; NaN wherever there is none."""
+    pending: NDArray[np.bool_]
+    failed: NDArray[np.bool_]
+    nonfinite: NDArray[np.bool_]
+    """Honest results that are NaN or infinite."""
+
+    @classmethod
+    def of(cls, surface: Surface, column: Column) -> Points:
+        """Sort the points of a column by what they show."""
+        values = surface.values[column.name]
+        known = (surface.status == Status.EVALUATED) | (surface.status == Status.INTERPOLATED)
+        finite = np.isfinite(values)
+        return cls(
+            values=np.where(known & finite, values, np.nan),
+            pending=surface.status == Status.PENDING,
+            failed=surface.status == Status.FAILED,
+            nonfinite=known & ~finite,
+        )
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """Where there is a value to draw."""
+        return np.isfinite(self.values)
+
+
+def pick(surface: Surface, name: str) -> Column:
+    """The column that ``name`` means.
+
+    ``"loss"`` is every drawing's default, so on a surface without that column it stands for the first loss
+    there is, or else the first column. Raises InputError for any other name that the surface does not have.
+    """
+    try:
+        return surface.column(name)
+    except InputError:
+        if name != "loss" or not surface.columns:
+            raise
+    return next((c for c in surface.columns if c.name.endswith("loss")), surface.columns[0])
+
+
+def axes_of(surface: Surface, count: int, kind: str) -> tuple[Axis, ...]:
+    """The grid's axes; raises InputError where a ``kind`` of picture for ``count`` axes does not fit them."""
+    axes = surface.grid.axes
+    if len(axes) != count:
+        fitting = {1: "curves", 2: "contour or surface", 3: "slices"}[len(axes)]
+        raise InputError(
+            f"a picture of kind {kind} needs a grid of {count} axes, this one has {len(axes)}: use {fitting}"
+        )
+    return axes
+
+
+def span(axis: Axis) -> tuple[float, float]:
+    """From where to where an axis is drawn: its ends; a single point gets a cell of length one."""
+    return (axis.low, axis.high) if axis.count > 1 else (axis.low - 0.5, axis.high + 0.5)
+
+
+def edges(axis: Axis) -> NDArray[np.float64]:
+    """Boundaries ``(count + 1,)`` of the cells around an axis' points, the outer ones at its ends."""
+    low, high = span(axis)
+    return np.r_[low, (axis.values[1:] + axis.values[:-1]) / 2, high]
+
+
+def split_of(column: Column) -> tuple[str, str]:
+    """``("train", "loss")`` for ``train_loss``; ``("", name)`` for a column that belongs to no split."""
+    split, separator, quantity = column.name.partition("_")
+    return (split, quantity) if separator and split in SPLITS and quantity else ("", column.name)
+
+
+def is_share(column: Column) -> bool:
+    """Whether a column is bounded at both ends, so that it is never drawn on a logarithmic scale unasked."""
+    return is_accuracy(column) or column.unit == "%"
+
+
+def is_accuracy(column: Column) -> bool:
+    """Whether a column is an accuracy, by its name: large values are then the good ones."""
+    return split_of(column)[1].lower().endswith(("accuracy", "acc"))
+
+
+def best(surface: Surface, column: Column, points: Points) -> tuple[str, float, tuple[float, ...]] | None:
+    """("minimum", value, coordinates x, y, …) of a column; the maximum of an accuracy; None where all are equal."""
+    finite = points.values[points.finite]
+    if not finite.size or finite.min() == finite.max():
+        return None
+    name, find = ("maximum", np.nanargmax) if is_accuracy(column) else ("minimum", np.nanargmin)
+    index = int(find(points.values))
+    coordinates = surface.grid.coordinates(np.array([index]))[0]
+    return name, float(points.values.flat[index]), tuple(float(c) for c in coordinates)
+
+
+def progress(surface: Surface) -> str:
+    """How far the evaluation came, such as "1,200 of 2,601 points evaluated, 3 failed"; "" where all were."""
+    counts = {status: surface.count(status) for status in Status}
+    if counts[Status.EVALUATED] == surface.grid.size:
+        return ""
+    text = f"{counts[Status.EVALUATED]:,} of {surface.grid.size:,} points evaluated"
+    if counts[Status.INTERPOLATED]:
+        text += f", {counts[Status.INTERPOLATED]:,} interpolated"
+    if counts[Status.FAILED]:
+        text += f", {counts[Status.FAILED]:,} failed"
+    return text
+
+
+def fill(points: Points, drawn: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Values to draw ``[y, x]`` or ``[z, y, x]``, in the units that ``drawn`` turns values into.
+
+    Pending points are interpolated, for display, within their plane: linearly between the points there are,
+    outside those the nearest one. A pending point whose nearest visited point failed or is not finite stays
+    NaN, as do those points themselves: a hole in the surface is never bridged.
+    """
+    shown = drawn(points.values)
+    if not points.pending.any() or points.pending.all():
+        return shown
+    filled = shown.ravel()[_nearest(points.pending)]
+    if filled.ndim == 1:
+        return filled
+    planes = filled.reshape(-1, *filled.shape[-2:])
+    for plane, values in zip(planes, shown.reshape(planes.shape), strict=True):
+        between = _linear(values)
+        inside = np.isnan(values) & np.isfinite(plane) & np.isfinite(between)
+        plane[inside] = between[inside]
+    return filled
+
+
+def _nearest(pending: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The index of a visited point nearest to each point, found by spreading from the visited ones."""
+    source = np.where(pending, -1, np.arange(pending.size).reshape(pending.shape))
+    while (source < 0).any():
+        for axis in range(source.ndim):
+            along = np.moveaxis(source, axis, 0)
+            along[1:] = np.where(along[1:] < 0, along[:-1], along[1:])
+            along[:-1] = np.where(along[:-1] < 0, along[1:], along[:-1])
+    return source
+
+
+def _linear(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Piecewise linear interpolation ``(ny, nx)`` of the finite values; NaN outside of their convex hull."""
+    at = np.argwhere(np.isfinite(values))
+    from_first = at[1:] - at[:1]
+    # Of fewer than three points, or points on one line, there is no triangle to interpolate in.
+    if not (from_first[:, 0] * from_first[:1, 1] != from_first[:, 1] * from_first[:1, 0]).any():
+        return np.full(values.shape, np.nan)
+    # Not scipy's, whose many small LAPACK calls took 5 s instead of 5 ms on a machine with busy cores.
+    triangles = Triangulation(*at.T[::-1].astype(np.float64))
+    rows, columns = np.indices(values.shape)
+    return LinearTriInterpolator(triangles, values[tuple(at.T)])(columns, rows).filled(np.nan)
