@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from distsurf.job import LIVE, Job
 from distsurf.names import nearest
 from distsurf.objective.data import Split, as_splits, tensors_of
 from distsurf.objective.losses import CLASSIFICATION, LOSSES, METRICS, Objective, Supervised, Term
-from distsurf.subspace.weights import digest, load_checkpoint
+from distsurf.subspace.weights import load_checkpoint
 
 Say = Callable[[str], None]
 
@@ -132,67 +132,10 @@ def load_weights(
     load_checkpoint(model, path, key=job.model.checkpoint_key, allow_pickle=job.model.allow_pickle)
 
 
-def describe_callable(function: Any) -> str:
-    """A callable's name and a digest of its source and settings, so that a changed one is another objective."""
-    if isinstance(function, nn.Module):
-        return describe_model(function)
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    code = getattr(function, "__code__", None)
-    # Two lambdas of one line have one source; their constants and names tell most of those apart.
-    inside = (_simple(code.co_consts), code.co_names) if code is not None else ()
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    settings = (inside, _simple(cells), _simple(getattr(function, "__defaults__", None) or ()))
-    own = {} if code is not None else {k: v for k, v in vars(function).items() if _is_simple(v)}
-    return f"{name}@{digest([_source(function).encode(), repr((settings, own)).encode()])}"
-
-
-def describe_model(model: nn.Module) -> str:
-    """A model's class and a digest of its structure: its modules' settings and the source of the user's own."""
-    parts = []
-    for name, module in model.named_modules():
-        kind = type(module)
-        source = "" if kind.__module__.startswith("torch.") else _source(kind)
-        own = {k: v for k, v in sorted(vars(module).items()) if _is_simple(v) and k != "training"}
-        parts.append(repr((name, kind.__qualname__, own, source)).encode())
-    return f"{type(model).__qualname__}@{digest(parts)}"
-
-
-def _is_simple(value: Any) -> bool:
-    if isinstance(value, tuple):  # a list is state, and may change
-        return all(map(_is_simple, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _simple(values: Iterable[Any]) -> list[Any]:
-    return [value for value in values if _is_simple(value)]
-
-
-def _source(thing: Any) -> str:
-    try:
-        return inspect.getsource(thing if hasattr(thing, "__qualname__") else type(thing))
-    except (OSError, TypeError):  # built in, or typed at a prompt
-        return ""
-
-
-def describe_data(splits: list[Split]) -> str:
-    """Split names, sizes and a digest of every number."""
-    digests = []
-    for split in splits:
-        tensors = [t.detach().cpu().contiguous() for piece in split.pieces for t in tensors_of(piece)]
-        shapes = repr([(str(t.dtype), tuple(t.shape)) for t in tensors]).encode()
-        parts = digest([shapes, *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors)])
-        digests.append(f"{split.name or 'data'}:{split.samples}@{parts}")
-    return " ".join(digests)
-
-
-def describe_objective(job: Job, live: Live | None, objective: Objective) -> str:
-    """The objective in canonical words."""
-    if not isinstance(objective, Supervised):
-        return describe_callable(objective)
-    told = job.objective.model_dump(mode="json", by_alias=True, exclude={"function"}, exclude_none=True)
-    own = [term for term in (live.losses if live else ()) if term is not None]
-    own += [find_callable(t.name, "objective.loss") for t in job.losses if _is_callable_name(t.name)]
-    return " ".join([json.dumps(told, sort_keys=True), *map(describe_callable, own)])
+def own_losses(job: Job, live: Live | None) -> list[Callable[..., Any]]:
+    """The losses that are the user's own code, whether a script passed them or the job names them."""
+    passed = [loss for loss in (live.losses if live else ()) if loss is not None]
+    return passed + [find_callable(t.name, "objective.loss") for t in job.losses if _is_callable_name(t.name)]
 
 
 # -- names ------------------------------------------------------------------------------------------------

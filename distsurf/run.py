@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from torch import nn
 
-import distsurf
-from distsurf import assemble
+from distsurf import assemble, provenance
 from distsurf.assemble import Live, Say
 from distsurf.distribute.coordinator import FullPlan
 from distsurf.distribute.parcel import distribute
@@ -35,13 +31,19 @@ from distsurf.distribute.work import coordinate, work
 from distsurf.errors import Incomplete, InputError
 from distsurf.evaluator import Column
 from distsurf.files import replacing
+from distsurf.grid import Grid
 from distsurf.job import LIVE, Job
 from distsurf.objective.data import Split
 from distsurf.objective.evaluator import DTYPES, ModelEvaluator
 from distsurf.objective.losses import Objective
 from distsurf.progress import Mode, Progress, duration
-from distsurf.subspace import Layout, Subspace, Tensors, cosine, normalize, orthogonalize, random_direction
+from distsurf.provenance import describe_callable
+from distsurf.subspace import Layout, Subspace, Tensors, normalize, orthogonalize, random_direction
 from distsurf.surface import Status, Surface, SurfaceFile
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def evaluate(
@@ -88,12 +90,12 @@ def evaluate(
     losses = loss if isinstance(loss, list) else [loss]
     own = tuple(None if isinstance(term, (str, dict)) else term for term in losses)
     named = [
-        term if callable_ is None else f"{LIVE}{assemble.describe_callable(callable_)}"
+        term if callable_ is None else f"{LIVE}{describe_callable(callable_)}"
         for term, callable_ in zip(losses, own, strict=True)
     ]
     described: dict[str, Any] = {"loss": named, "metrics": metrics}
     if objective is not None:
-        described = {"function": f"{LIVE}{assemble.describe_callable(objective)}"}
+        described = {"function": f"{LIVE}{describe_callable(objective)}"}
     job = Job.build(
         {
             "name": name,
@@ -122,7 +124,7 @@ def evaluate(
 
 
 @dataclass
-class _Work:
+class Prepared:
     """What rank 0 prepares and every rank needs; its arrays travel once."""
 
     subspace: Subspace
@@ -138,15 +140,14 @@ def run(
     out: Path | None,
     fresh: bool = False,
     progress: Mode = "auto",
-    say: Say = lambda line: None,
+    say: Say = _say_nothing,
 ) -> Surface:
     """Evaluate a job's surface on these ranks and return it on every rank.
 
     Results go to the file ``out``, which is continued if it is there; None keeps them in memory. ``say`` gets lines
     for the user, on rank 0. Raises InputError, and Incomplete if some points got no value; both on every rank.
     """
-    if ranks.rank != 0:
-        say = lambda line: None  # noqa: E731
+    say = say if ranks.rank == 0 else _say_nothing
     grid = job.grid.grid()
     with ranks.together():
         assemble.check_names(job)
@@ -161,7 +162,7 @@ def run(
         prepared = None
         with ranks.together():
             if ranks.rank == 0:
-                prepared = _prepare(job, model, live, placement, say)
+                prepared = prepare(job, model, live, placement, say)
         shared = distribute(ranks, prepared)
         del prepared  # on rank 0 the originals: from here on the copy that all ranks share is used
         placement.apply()
@@ -184,9 +185,21 @@ def run(
             surface = None
             with ranks.together():
                 if ranks.rank == 0:
-                    with _open(
-                        job, live, model, objective, shared, evaluator.columns, placement, out, fresh, say
-                    ) as file:
+                    about = {
+                        "job": job.to_toml(),
+                        "fingerprint": provenance.fingerprint(
+                            job,
+                            model,
+                            shared.subspace,
+                            shared.buffers,
+                            shared.splits,
+                            objective,
+                            assemble.own_losses(job, live),
+                        ),
+                        "facts": provenance.facts(job, placement, shared.subspace, shared.splits),
+                    }
+                    now = provenance.conditions(placement)
+                    with _open(out, fresh, evaluator.columns, about, grid, now, say) as file:
                         surface = _coordinate(
                             ranks, evaluator, file, placement, stop, shared.splits, progress, say
                         )
@@ -200,7 +213,7 @@ def run(
     return surface
 
 
-def _prepare(job: Job, model: nn.Module, live: Live | None, placement: Placement, say: Say) -> _Work:
+def prepare(job: Job, model: nn.Module, live: Live | None, placement: Placement, say: Say) -> Prepared:
     """Rank 0: data, weights and directions."""
     splits = assemble.build_splits(job, live)
     assemble.load_weights(job, model, splits, placement.device, say)
@@ -231,7 +244,7 @@ def _prepare(job: Job, model: nn.Module, live: Live | None, placement: Placement
             )
         directions += (direction,)
     buffers = {name: buffer.detach().clone() for name, buffer in tensors.buffers.items()}
-    return _Work(Subspace(layout, center, directions), buffers, assemble.wanted_splits(job, splits))
+    return Prepared(Subspace(layout, center, directions), buffers, assemble.wanted_splits(job, splits))
 
 
 def _coordinate(
@@ -278,100 +291,39 @@ def _coordinate(
 
 
 def _open(
-    job: Job,
-    live: Live | None,
-    model: nn.Module,
-    objective: Objective,
-    shared: _Work,
-    columns: tuple[Column, ...],
-    placement: Placement,
     out: Path | None,
     fresh: bool,
+    columns: tuple[Column, ...],
+    about: dict[str, Any],
+    grid: Grid,
+    now: Mapping[str, Any],
     say: Say,
 ) -> SurfaceFile:
     """The surface file of this job: the one that is there, if it is this job's, or a new one."""
-    grid = job.grid.grid()
-    fingerprint = {
-        "model": assemble.describe_model(model),
-        **shared.subspace.fingerprints(),
-        "buffers": assemble.digest([repr(list(shared.buffers)).encode(), *_numpy(shared.buffers)]),
-        "data": assemble.describe_data(shared.splits),
-        "objective": assemble.describe_objective(job, live, objective),
-        "batch_size": str(job.data.batch_size),
-        "grid": str(grid),
-        "precision": job.run.precision,
-        "seed": str(job.run.seed),
-    }
-    if out is not None and out.exists() and not fresh:
+    if out is None:
+        return SurfaceFile.memory(grid, columns, **about)
+    if out.exists() and not fresh:
         file = SurfaceFile.open(out, write=True)
         try:
-            file.require(fingerprint)
-            if [c.name for c in file.columns] != [c.name for c in columns]:
-                raise InputError(
-                    f"{out} has columns {[c.name for c in file.columns]}, this job {[c.name for c in columns]}"
-                )
+            file.require(about["fingerprint"])
+            names = [[column.name for column in side] for side in (file.columns, columns)]
+            if names[0] != names[1]:
+                raise InputError(f"{out} has columns {', '.join(names[0])}, this job {', '.join(names[1])}")
         except BaseException:
             file.close()
             raise
-        if np.any(file.status() == Status.PENDING):
-            _mention_other_conditions(file.facts, _conditions(placement), say)
+        then = file.facts
+        changed = [
+            f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value
+        ]
+        if changed and np.any(file.status() == Status.PENDING):
+            say(
+                f"note: the file was begun under other conditions ({'; '.join(changed)}); last digits may differ"
+            )
         return file
-    facts = {
-        **_conditions(placement),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "placement": placement.summary,
-        "job_fingerprint": job.fingerprint,
-        "name": job.name,
-        "parameters": shared.subspace.layout.count,
-        "samples": {split.name or "data": split.samples for split in shared.splits},
-        "cosines": _cosines(shared.subspace),
-    }
-    about: dict[str, Any] = {"job": job.to_toml(), "fingerprint": fingerprint, "facts": facts}
-    if out is None:
-        return SurfaceFile.memory(grid, columns, **about)
     if out.exists():
         say(f"the old {out} is kept as {_set_aside(out)}")
     return SurfaceFile.create(out, grid, columns, **about)
-
-
-def _numpy(buffers: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
-    return [
-        buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        for buffer in buffers.values()
-    ]
-
-
-def _conditions(placement: Placement) -> dict[str, Any]:
-    """What values do not depend on in meaning, but may in their last digits."""
-    return {
-        "distsurf": distsurf.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "hdf5": h5py.version.hdf5_version,
-        "python": platform.python_version(),
-        "device": placement.device.type,
-        "threads": placement.threads,
-    }
-
-
-def _mention_other_conditions(then: Mapping[str, Any], now: Mapping[str, Any], say: Say) -> None:
-    changed = [
-        f"{key} {then[key]} then, {now[key]} now"
-        for key in ("torch", "device", "threads")
-        if then.get(key) != now[key]
-    ]
-    if changed:
-        say(f"note: the file was begun under other conditions ({'; '.join(changed)}); last digits may differ")
-
-
-def _cosines(subspace: Subspace) -> dict[str, float]:
-    """Cosines of the angles between the directions, by pair of axes."""
-    axes = "xyz"[: subspace.dimension]
-    return {
-        axes[i] + axes[j]: cosine(subspace.directions[i], subspace.directions[j])
-        for i in range(subspace.dimension)
-        for j in range(i + 1, subspace.dimension)
-    }
 
 
 def _set_aside(path: Path) -> Path:

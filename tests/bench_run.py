@@ -32,7 +32,7 @@ from distsurf.distribute.coordinator import Coordinator, FullPlan, Shard
 from distsurf.distribute.placement import Placement
 from distsurf.job import Job
 from distsurf.objective.evaluator import ModelEvaluator
-from distsurf.run import _prepare
+from distsurf.run import prepare
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
 
@@ -47,7 +47,7 @@ def one_core(folder: Path, points: int) -> dict[str, Any]:
     job = default_job(f"model.checkpoint={folder / 'net.safetensors'}")
     model = assemble.build_model(job, None)
     cpu = torch.device("cpu")
-    shared = _prepare(job, model, None, Placement(cpu, 1, ""), lambda line: None)
+    shared = prepare(job, model, None, Placement(cpu, 1, ""), lambda line: None)
     batch_size = job.data.batch_size
     plain = assemble.build_model(job, None).eval()
     plain.load_state_dict(model.state_dict())
