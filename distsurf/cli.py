@@ -161,7 +161,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from distsurf.distribute.ranks import connect
+    from distsurf.distribute.ranks import connected
     from distsurf.job import Job
 
     if options.job is None:
@@ -169,22 +169,8 @@ def _run(options: argparse.Namespace) -> int:
         job = Job.read(text, options.set, origin="the built-in job")
     else:
         job = Job.load(options.job, options.set)
-    ranks = connect()
-    try:
-        code = _run_on(ranks, job, options)
-    except DistsurfError:
-        ranks.close()
-        raise
-    except BaseException as error:
-        # A bug, or Ctrl-C during set-up: the other ranks cannot know of it, and would wait for ever.
-        if ranks.size > 1:
-            print(
-                f"distsurf: rank {ranks.rank} ends the job: {type(error).__name__} {error}", file=sys.stderr
-            )
-            ranks.abort(Incomplete.exit_code)
-        raise
-    ranks.close()
-    return code
+    with connected() as ranks:
+        return _run_on(ranks, job, options)
 
 
 def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace) -> int:

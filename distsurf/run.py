@@ -25,7 +25,7 @@ from distsurf.assemble import Live, Say
 from distsurf.distribute.coordinator import FullPlan
 from distsurf.distribute.parcel import distribute
 from distsurf.distribute.placement import Placement, place
-from distsurf.distribute.ranks import Ranks, connect
+from distsurf.distribute.ranks import Ranks, connected
 from distsurf.distribute.signals import StopRequest
 from distsurf.distribute.work import coordinate, work
 from distsurf.errors import Incomplete, InputError
@@ -113,14 +113,10 @@ def evaluate(
         },
         origin="evaluate",
     )
-    ranks = connect()
-    try:
-        live = Live(model, data, own, objective)
-        return run(
-            job, ranks, live=live, out=None if out is None else Path(out), fresh=fresh, progress=progress
-        )
-    finally:
-        ranks.close()
+    live = Live(model, data, own, objective)
+    path = None if out is None else Path(out)
+    with connected() as ranks:
+        return run(job, ranks, live=live, out=path, fresh=fresh, progress=progress)
 
 
 @dataclass

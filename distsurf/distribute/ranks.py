@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from distsurf.errors import DistsurfError, InputError
 TEXT_BYTES = 1024
 CHUNK = 1 << 30  # MPI counts are 32-bit ints
 ALIGNMENT = 64
+EXIT_ABORTED = 3
+"""What was committed before is in the file: the same command continues."""
 SHARED_FROM = 16 << 20
 """Bytes from which a buffer lies once per node in an MPI shared-memory window rather than in every rank."""
 
@@ -277,4 +280,56 @@ def connect() -> Ranks:
             f"{launcher} started {size} processes, but this one ({rank}) sees a world of {MPI.COMM_WORLD.size} "
             f"through {library}; each would do the whole job: {remedy}"
         )
+    if not isinstance(sys.excepthook, _EndAll):
+        sys.excepthook = _EndAll(sys.excepthook, MPI.COMM_WORLD)
     return MPIRanks(MPI.COMM_WORLD)
+
+
+@contextmanager
+def connected() -> Iterator[Ranks]:
+    """The ranks for the time of a ``with`` block, which must end alike on all of them.
+
+    DistsurfErrors do, since `together` raises them everywhere. Anything else (a bug, Ctrl-C during set-up) may be
+    known to one rank alone: it ends the job, because the others would wait for ever.
+    """
+    ranks = connect()
+    try:
+        yield ranks
+    except DistsurfError:
+        ranks.close()
+        raise
+    except KeyboardInterrupt:
+        if ranks.size > 1:
+            # mpirun brings Ctrl-C to every rank. Leaving at once is what is left: the others may wait in any call.
+            if ranks.rank == 0:
+                print(
+                    "distsurf: interrupted before the evaluation began; nothing was recorded", file=sys.stderr
+                )
+            sys.stderr.flush()
+            os._exit(EXIT_ABORTED)
+        raise
+    except BaseException as error:
+        if ranks.size > 1:
+            print(
+                f"distsurf: rank {ranks.rank} ends the job: {type(error).__name__} {error}", file=sys.stderr
+            )
+            ranks.abort(EXIT_ABORTED)
+        raise
+    ranks.close()
+
+
+class _EndAll:
+    """An exception that nobody catches on one rank ends the others too, who would wait for ever in their next call.
+
+    A DistsurfError reaches every rank: rank 0 shows it for all of them.
+    """
+
+    def __init__(self, show: Callable[..., Any], world: Any):
+        self._show, self._world = show, world
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, DistsurfError) and self._world.rank != 0:
+            return
+        self._show(kind, error, trace)
+        sys.stderr.flush()
+        self._world.Abort(getattr(error, "exit_code", 1))

@@ -304,3 +304,35 @@ def _ancestors(process: int) -> Iterator[int]:
     while process > 1:
         process = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
         yield process
+
+
+UNCAUGHT = """
+import os, sys, torch, distsurf
+from net import net, data
+rank = int(os.environ["PMI_RANK"])
+options = dict(x="0:1:2", threads=1, progress="none")
+distsurf.evaluate(net(), data(), **options)
+if sys.argv[1] == "script" and rank == 1:
+    raise RuntimeError("the user's own mistake")
+if sys.argv[1] == "exit":
+    leave = lambda model, batch: sys.exit("leaving") if rank == 2 else {"loss": (1.0, 1)}
+    distsurf.evaluate(net(), data(), objective=leave, **options)
+if sys.argv[1] == "input":
+    distsurf.evaluate(net(), data(), "no_such_loss", **options)
+distsurf.evaluate(net(), data(), **options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("script", "RuntimeError: the user's own"),
+        ("exit", "SystemExit leaving"),
+        ("input", "InputError: no loss"),
+    ],
+)
+def test_uncaught_exception_of_a_script_ends_every_rank(job: Processes, mistake: str, words: str) -> None:
+    (job.folder / "script.py").write_text(UNCAUGHT)
+    ended = job.python("script.py", mistake, ranks=3, timeout=60)
+    assert ended.code != 0
+    assert ended.err.count(words) == 1, ended.err
