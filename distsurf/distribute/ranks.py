@@ -48,6 +48,12 @@ class Pause:
         self._seconds = min(self._seconds * 1.7, self.longest)
 
 
+def _wait(request: Any) -> None:
+    pause = Pause()
+    while not request.Test():
+        pause()
+
+
 class Ranks:
     """The ranks that work on one job. This class is a single process; `MPIRanks` are many."""
 
@@ -134,6 +140,8 @@ class MPIRanks(Ranks):
         from mpi4py import MPI
 
         self._mpi = MPI
+        # Making communicators blocks, and a script may bring its ranks here hours apart: they meet asleep first.
+        _wait(world.Ibarrier())
         self._comm = world.Dup()
         self.rank: int = self._comm.rank
         self.size: int = self._comm.size
@@ -144,17 +152,12 @@ class MPIRanks(Ranks):
         self._windows: list[Any] = []
         self._sent: list[Any] = []
 
-    def _wait(self, request: Any) -> None:
-        pause = Pause()
-        while not request.Test():
-            pause()
-
     def gather(self, text: str) -> list[str]:
         mine = np.zeros(TEXT_BYTES, np.uint8)
         encoded = text.encode()[:TEXT_BYTES]
         mine[: len(encoded)] = np.frombuffer(encoded, np.uint8)
         everybody = np.empty((self.size, TEXT_BYTES), np.uint8)
-        self._wait(self._comm.Iallgather(mine, everybody))
+        _wait(self._comm.Iallgather(mine, everybody))
         return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everybody]
 
     def broadcast(self, value: Any) -> Any:
@@ -163,14 +166,14 @@ class MPIRanks(Ranks):
         if self.rank == 0:
             data = pickle.dumps(value)
             length[0] = len(data)
-        self._wait(self._comm.Ibcast(length))
+        _wait(self._comm.Ibcast(length))
         buffer = np.frombuffer(data, np.uint8).copy() if self.rank == 0 else np.empty(length[0], np.uint8)
         self._broadcast_buffer(self._comm, buffer)
         return value if self.rank == 0 else pickle.loads(buffer.tobytes())
 
     def _broadcast_buffer(self, comm: Any, buffer: NDArray[np.uint8]) -> None:
         for start in range(0, len(buffer), CHUNK):
-            self._wait(comm.Ibcast(buffer[start : start + CHUNK]))
+            _wait(comm.Ibcast(buffer[start : start + CHUNK]))
 
     def share(self, size: int, fill: Callable[[NDArray[np.uint8]], None]) -> NDArray[np.uint8]:
         size = self.broadcast(size)
@@ -201,7 +204,7 @@ class MPIRanks(Ranks):
         return buffer
 
     def barrier(self) -> None:
-        self._wait(self._comm.Ibarrier())
+        _wait(self._comm.Ibarrier())
 
     def send(self, rank: int, message: Any) -> None:
         self._sent = [request for request in self._sent if not request.Test()]
