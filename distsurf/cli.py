@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -216,12 +218,20 @@ def _conclude(surface: Surface, made: list[Path]) -> None:
     print("\nmade:")
     for path in made:
         print(f"  {path}")
-    file = made[0]
+    command, file = _own_command(), shlex.quote(str(made[0]))
     print("\ntry next:")
-    print(f"  distsurf status {file}")
+    print(f"  {command} status {file}")
     if "test_accuracy" in surface.names:
-        print(f"  distsurf plot {file} --column test_accuracy")
-    print(f"  distsurf plot {file} -o surface.pdf")
+        print(f"  {command} plot {file} --column test_accuracy")
+    print(f"  {command} plot {file} -o surface.pdf")
+
+
+def _own_command() -> str:
+    """How to type ``distsurf`` here: by its path where its environment is not activated."""
+    beside_python = Path(sys.executable).with_name("distsurf")
+    if shutil.which("distsurf") or not beside_python.exists():
+        return "distsurf"
+    return shlex.quote(os.path.relpath(beside_python))
 
 
 def _facts(surface: Surface) -> list[str]:

@@ -2,8 +2,9 @@
 
 1. One core: a grid point of the default job by distsurf's evaluator against the best plain torch loop over the same
    tensors (inference mode, weights set in place, float64 sums), in alternation.
-2. Two cores: the same surface by 8 ranks and by 2 ranks, in alternation, from the first point to the last.
-3. Coordination: shards of one point each per second, by the coordinator's logic alone, and by 8 ranks under mpirun
+2. Memory: the same evaluator where freed memory is kept for the next batch, and where it is not.
+3. Two cores: the same surface by 8 ranks and by 2 ranks, in alternation, from the first point to the last.
+4. Coordination: shards of one point each per second, by the coordinator's logic alone, and by 8 ranks under mpirun
    with an evaluator that sleeps.
 
 Prints one JSON object with every single measurement and its median.
@@ -95,6 +96,24 @@ def one_core(folder: Path, points: int) -> dict[str, Any]:
     }
 
 
+def kept_memory(folder: Path, rounds: int, points: int) -> dict[str, Any]:
+    """Milliseconds per point in processes that keep freed memory and in ones that give it back, alternating."""
+    times: dict[str, list[float]] = {"kept": [], "given back": []}
+    for _ in range(rounds):
+        for name, found in times.items():
+            command = [sys.executable, __file__, "--points-alone", str(points), name, str(folder)]
+            found.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    return {"ms_per_point": times, "ratio_given_back_to_kept": medians["given back"] / medians["kept"]}
+
+
+def points_alone(points: int, memory: str, folder: Path) -> float:
+    """Median milliseconds per point of distsurf in this process."""
+    if memory == "kept":
+        Placement(torch.device("cpu"), 1, "").apply()
+    return float(one_core(folder, points)["ms_per_point"]["distsurf"])
+
+
 def ranks_against_each_other(folder: Path, rounds: int, grid: str) -> dict[str, Any]:
     """Seconds of evaluation alone (as the job reports it) by 2 and by 8 ranks."""
     seconds: dict[int, list[float]] = {2: [], 8: []}
@@ -180,7 +199,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer points and rounds")
-    quick = parser.parse_args().quick
+    parser.add_argument("--points-alone", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.points_alone:
+        points, memory, folder = options.points_alone
+        print(points_alone(int(points), memory, Path(folder)))
+        return
+    quick = options.quick
     result: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -188,6 +213,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result["one_core"] = one_core(folder, 20 if quick else 200)
+        result["memory"] = kept_memory(folder, 1 if quick else 3, 20 if quick else 60)
         result["two_cores"] = ranks_against_each_other(
             folder, 1 if quick else 3, "-1:1:9" if quick else "-1:1:31"
         )

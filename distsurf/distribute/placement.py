@@ -18,7 +18,7 @@ def _keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next batch rather than give it back to the kernel.
 
     Activations come and go with every layer; where glibc maps and unmaps them each time, page faults were measured to
-    take up to half of a small network's time with 8 ranks on 2 cores (`tests/bench_run.py`, "memory"). Changes no
+    take about 40 % of a small network's time (`make bench`, "memory"). Changes no
     value. Other C libraries are left as they are.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h

@@ -85,13 +85,7 @@ def evaluate_shard(
         except Stopped:
             break
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            failures.append(
-                (
-                    point,
-                    f"{type(error).__name__}: {error} ({where.name}, line {where.lineno} of {where.filename})",
-                )
-            )
+            failures.append((point, _in_one_line(error)))
             continue
         done.append(point)
         values.append(value[0])
@@ -102,6 +96,12 @@ def evaluate_shard(
         np.array(seconds, np.float64),
         failures,
     )
+
+
+def _in_one_line(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said} ({where.name}, line {where.lineno} of {where.filename})"
 
 
 def work(ranks: Ranks, evaluator: Evaluator, grid: Grid, stop: Callable[[], bool]) -> None:
