@@ -6,8 +6,8 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,12 @@ def build_splits(job: Job, live: Live | None) -> dict[str, Split]:
         data = _call(factory, job.data.arguments, "data.source", job.data.source)
     else:
         data = zoo.data(job.data.source, **job.data.arguments)
-    return {split.name: split for split in as_splits(data)}
+    try:
+        return {split.name: split for split in as_splits(data)}
+    except DistsurfError:
+        raise
+    except Exception as error:  # the user's own Dataset or generator
+        raise InputError(f"reading the data raised {type(error).__name__}: {error}") from error
 
 
 def wanted_splits(job: Job, splits: Mapping[str, Split]) -> list[Split]:
@@ -88,6 +93,8 @@ def build_objective(job: Job, live: Live | None) -> Objective:
     if live is not None and live.objective is not None:
         return live.objective
     if job.objective.function is not None:
+        if job.objective.function.startswith(LIVE):
+            raise InputError("the objective was an object of a Python script: run that script again")
         return find_callable(job.objective.function, "objective.function")
     terms = []
     given = live.losses if live is not None else (None,) * len(job.losses)
@@ -148,15 +155,20 @@ def _is_callable_name(name: str) -> bool:
 def find_callable(name: str, where: str) -> Callable[..., Any]:
     """The callable that ``package.module:callable`` or ``path/file.py:callable`` names. Raises InputError."""
     module_name, _, attribute = name.rpartition(":")
+    if not module_name or not attribute or module_name.startswith("."):
+        raise InputError(f"{where} = {name!r}: expected file.py:callable or package.module:callable")
+    _look_in(Path.cwd())  # a console script, unlike ``python -m``, does not
     try:
         if module_name.endswith(".py"):
             module = _load_file(Path(module_name))
         else:
-            if os.getcwd() not in sys.path:  # a console script, unlike ``python -m``, does not look here
-                sys.path.insert(0, os.getcwd())
             module = importlib.import_module(module_name)
     except (ImportError, FileNotFoundError) as error:
         raise InputError(f"{where} = {name!r}: {error}") from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        line = getattr(error, "lineno", None) or place.lineno
+        raise InputError(f"{where} = {name!r}: {type(error).__name__}: {error} (line {line})") from error
     function: Any = module
     for part in attribute.split("."):
         function = getattr(function, part, None)
@@ -168,9 +180,15 @@ def find_callable(name: str, where: str) -> Callable[..., Any]:
     return function
 
 
+def _look_in(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    _look_in(path.resolve().parent)  # as if it were run as a script: what lies beside it can be imported
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None  # the suffix is .py
     assert spec.loader is not None

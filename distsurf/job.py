@@ -70,7 +70,7 @@ class DataSection(Section):
     source: str
     """A name (``digits``), ``package.module:callable`` or ``file.py:callable`` that returns the data."""
     arguments: dict[str, Any] = {}
-    splits: list[str] | None = None
+    splits: Annotated[list[str], Field(min_length=1)] | None = None
     """Which splits to evaluate; all that the source gives if left out."""
     batch_size: Annotated[int, Field(ge=1)] = 128
     target: str | None = None

@@ -28,7 +28,7 @@ from distsurf.distribute.placement import Placement, place
 from distsurf.distribute.ranks import Ranks, connected
 from distsurf.distribute.signals import StopRequest
 from distsurf.distribute.work import coordinate, work
-from distsurf.errors import Incomplete, InputError
+from distsurf.errors import DamagedFile, Incomplete, InputError
 from distsurf.evaluator import Column
 from distsurf.files import replacing
 from distsurf.grid import Grid
@@ -87,11 +87,16 @@ def evaluate(
     The other arguments are those of a job file. Returns the surface, on every rank. Raises InputError for what
     cannot be used, and Incomplete, with what was computed in its ``surface``, if not every point got a value.
     """
-    losses = loss if isinstance(loss, list) else [loss]
+    if not isinstance(model, nn.Module):
+        raise InputError(f"a torch nn.Module was expected as the model, {type(model).__name__} was given")
+    losses = list(loss) if isinstance(loss, (list, tuple)) else [loss]
+    for term in losses:
+        if not (isinstance(term, (str, dict)) or callable(term)):
+            raise InputError(f"a loss is a name, a table or a callable; {term!r} was given")
     own = tuple(None if isinstance(term, (str, dict)) else term for term in losses)
     named = [
-        term if callable_ is None else f"{LIVE}{describe_callable(callable_)}"
-        for term, callable_ in zip(losses, own, strict=True)
+        term if callable_ is None else _live_term(callable_, is_first=i == 0)
+        for i, (term, callable_) in enumerate(zip(losses, own, strict=True))
     ]
     described: dict[str, Any] = {"loss": named, "metrics": metrics}
     if objective is not None:
@@ -100,7 +105,7 @@ def evaluate(
         {
             "name": name,
             "model": {"factory": f"{LIVE}{type(model).__qualname__}"},
-            "data": {"source": f"{LIVE}{type(data).__name__}", "batch_size": batch_size, "target": target},
+            "data": {"source": f"{LIVE}data", "batch_size": batch_size, "target": target},
             "objective": described,
             "directions": {
                 "normalization": normalization,
@@ -117,6 +122,11 @@ def evaluate(
     path = None if out is None else Path(out)
     with connected() as ranks:
         return run(job, ranks, live=live, out=path, fresh=fresh, progress=progress)
+
+
+def _live_term(function: Any, is_first: bool) -> dict[str, str]:
+    name = getattr(function, "__name__", type(function).__name__)
+    return {"name": f"{LIVE}{describe_callable(function)}", "as": "loss" if is_first else name}
 
 
 @dataclass
@@ -146,6 +156,7 @@ def run(
     say = say if ranks.rank == 0 else _say_nothing
     grid = job.grid.grid()
     with ranks.together():
+        _require_same(ranks.gather(job.fingerprint), "was given another job")
         assemble.check_names(job)
         if ranks.rank == 0 and out is not None:
             _require_writable(out)
@@ -154,6 +165,8 @@ def run(
     with ranks.together():
         model = assemble.build_model(job, live)
         objective = assemble.build_objective(job, live)
+    with ranks.together():
+        _require_same(ranks.gather(provenance.describe_model(model)), "has another model")
     with _threads_of_the_process():
         prepared = None
         with ranks.together():
@@ -178,7 +191,8 @@ def run(
                         stop=stop,
                     )
                 )
-            surface = None
+            file = surface = None
+            # A step of its own: the others must not ask for work before there is somewhere to record it.
             with ranks.together():
                 if ranks.rank == 0:
                     about = {
@@ -195,10 +209,12 @@ def run(
                         "facts": provenance.facts(job, placement, shared.subspace, shared.splits),
                     }
                     now = provenance.conditions(placement)
-                    with _open(out, fresh, evaluator.columns, about, grid, now, say) as file:
-                        surface = _coordinate(
-                            ranks, evaluator, file, placement, stop, shared.splits, progress, say
-                        )
+                    file = stack.enter_context(_open(out, fresh, evaluator.columns, about, grid, now, say))
+            with ranks.together():
+                if file is not None:
+                    surface = _coordinate(
+                        ranks, evaluator, file, placement, stop, shared.splits, progress, say
+                    )
                 else:
                     work(ranks, evaluator, grid, stop)
             surface = ranks.broadcast(surface)
@@ -207,6 +223,12 @@ def run(
     if not surface.complete:
         raise Incomplete(_what_is_missing(surface, reason, out), surface)
     return surface
+
+
+def _require_same(told: list[str], complaint: str) -> None:
+    for rank, text in enumerate(told):
+        if text != told[0]:
+            raise InputError(f"rank {rank} {complaint} than rank 0; every rank must make the same call")
 
 
 def prepare(job: Job, model: nn.Module, live: Live | None, placement: Placement, say: Say) -> Prepared:
@@ -259,7 +281,8 @@ def _coordinate(
     missing = order[~done[order]]
     samples = sum(split.samples for split in splits)
     if done.any():
-        say(f"{file.path} has {int(done.sum()):,} of {file.grid.size:,} points; {len(missing):,} to go")
+        left = f"{len(missing):,} to go" if len(missing) else "complete, nothing to do"
+        say(f"{file.path} has {int(done.sum()):,} of {file.grid.size:,} points; {left}")
     start = time.monotonic()
     shown = Progress(file.grid.size, int(done.sum()), samples, mode=progress)
     try:
@@ -318,6 +341,10 @@ def _open(
             )
         return file
     if out.exists():
+        with contextlib.suppress(DamagedFile):
+            SurfaceFile.open(
+                out
+            ).close()  # raises for what is no surface: --fresh must not move other files away
         say(f"the old {out} is kept as {_set_aside(out)}")
     return SurfaceFile.create(out, grid, columns, **about)
 

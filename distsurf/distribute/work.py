@@ -137,7 +137,7 @@ class _OwnWorker(threading.Thread):
     ):
         super().__init__(name="distsurf-evaluator", daemon=True)
         self.shards: queue.SimpleQueue[Shard | Order] = queue.SimpleQueue()
-        self.reports: queue.SimpleQueue[Report | Exception] = queue.SimpleQueue()
+        self.reports: queue.SimpleQueue[Report | BaseException] = queue.SimpleQueue()
         self._evaluator, self._grid, self._stop, self._prepare = evaluator, grid, stop, prepare
 
     def run(self) -> None:
@@ -157,7 +157,7 @@ class _OwnWorker(threading.Thread):
         reports = []
         while not self.reports.empty():
             report = self.reports.get()
-            if isinstance(report, Exception):
+            if isinstance(report, BaseException):
                 raise report
             reports.append((0, report))
         return reports
@@ -181,14 +181,14 @@ def coordinate(
     ``prepare_thread`` runs in the evaluating thread first (thread counts and devices are settings of a thread).
     ``on_progress`` is told how many points were recorded and how many given up. Everything is committed on return.
     """
-    coordinator = Coordinator(plan, grid.size, ranks.size, shard_seconds=shard_seconds)
-    own = _OwnWorker(evaluator, grid, stop, prepare_thread)
-    own.start()
     recorded = 0
     leaving: set[int] = set()
     committed_at = time.monotonic()
     pause = Pause()
+    own = _OwnWorker(evaluator, grid, stop, prepare_thread)
     try:
+        coordinator = Coordinator(plan, grid.size, ranks.size, shard_seconds=shard_seconds)
+        own.start()
         while len(leaving) < ranks.size:
             reports = ranks.receive() + own.arrived()
             for worker, report in reports:

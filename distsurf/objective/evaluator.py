@@ -86,6 +86,9 @@ class ModelEvaluator:
                     if isinstance(self._objective, Supervised):
                         self._objective.check(self._moving.model, batches[0])
                 names = _names(totals)
+                for name in names:
+                    for part, what in zip(totals[name], ("sum", "count"), strict=True):
+                        _require_number(name, what, part)
             except InputError as error:
                 raise InputError(f"{_batch_in_words(split, batches[0])}: {error}") from error
             except Exception as error:
@@ -96,6 +99,12 @@ class ModelEvaluator:
                 ) from error
             self._names.append(names)
             columns += [Column(f"{split}_{n}" if split else n, units.get(n, "")) for n in names]
+        taken = [column.name for column in columns]
+        for name in taken:
+            if taken.count(name) > 1:
+                raise InputError(
+                    f"two columns are called {name!r}: rename a split or a value of the objective"
+                )
         self.columns = tuple(columns)
 
     def __call__(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -133,6 +142,15 @@ def _total(parts: list[Any], device: torch.device) -> torch.Tensor:
     if isinstance(parts[0], torch.Tensor):
         return torch.stack([part.detach().to(device, torch.float64).reshape(()) for part in parts]).sum()
     return torch.tensor(float(sum(parts)), dtype=torch.float64, device=device)
+
+
+def _require_number(name: str, what: str, part: Any) -> None:
+    is_number = isinstance(part, (int, float, np.number)) or (
+        isinstance(part, torch.Tensor) and part.numel() == 1 and not part.is_complex()
+    )
+    if not is_number:
+        given = describe(part) if isinstance(part, torch.Tensor) else repr(part)
+        raise InputError(f"the {what} of the objective's {name!r} is {given}; expected one number")
 
 
 def _names(totals: Any) -> tuple[str, ...]:

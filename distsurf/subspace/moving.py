@@ -11,7 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from distsurf.errors import InputError
 from distsurf.subspace.weights import Layout, Subspace, Tensors
+
+_BORROWED = "_distsurf_is_borrowed"
 
 
 class MovingModel:
@@ -34,7 +37,10 @@ class MovingModel:
         self.model = model
         tensors = Tensors.of(model)
         if Layout.of(tensors.parameters) != subspace.layout or list(tensors.buffers) != list(buffers):
-            raise ValueError("the model's tensors are not those of the subspace")
+            raise InputError(
+                f"the model {type(model).__name__} has other parameters or buffers than the one that the directions "
+                "were made for (on rank 0): every rank must build the same model"
+            )
         self._center = torch.from_numpy(subspace.center).to(device, dtype)
         self._directions = [torch.from_numpy(d).to(device, dtype) for d in subspace.directions]
         self._theta = self._center.clone()
@@ -48,6 +54,11 @@ class MovingModel:
         self._training: list[tuple[nn.Module, bool]] = []
 
     def __enter__(self) -> MovingModel:
+        if getattr(self.model, _BORROWED, False):
+            raise InputError(
+                "this model is already being evaluated (in another thread?); give each call its own copy"
+            )
+        setattr(self.model, _BORROWED, True)
         self._training = [(module, module.training) for module in self.model.modules()]
         borrowed = self._parameters + [buffer for group in self._buffers for buffer in group.buffers]
         views = self._views + [view for group in self._buffers for view in group.views]
@@ -64,6 +75,7 @@ class MovingModel:
             tensor.data = own
         for module, training in self._training:
             module.training = training
+        delattr(self.model, _BORROWED)
 
     @torch.no_grad()
     def move_to(self, coordinates: Sequence[float]) -> None:

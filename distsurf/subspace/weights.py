@@ -149,15 +149,17 @@ def load_checkpoint(
     """Load a state dict (torch, or ``.safetensors``) into ``model``.
 
     ``key`` names the entry of the file that holds the state dict; without it the usual ones are tried
-    (``state_dict``, ``model_state_dict``, ``model``, ``net``). A ``module.`` prefix left by DataParallel is
-    removed. Raises InputError for a missing or unreadable file, for a pickle that needs more than tensors
-    unless ``allow_pickle``, and for tensors that are missing, unexpected, misshapen or not finite.
+    (``state_dict``, ``model_state_dict``, ``model``, ``net``). A prefix ``module.`` left by DataParallel or
+    ``_orig_mod.`` left by torch.compile is removed. Raises InputError for a missing or unreadable file, for a pickle
+    that needs more than tensors unless ``allow_pickle``, and for tensors that are missing, unexpected, misshapen or
+    of a kind that the model's are not.
     """
     state = _read_state(path, allow_pickle)
     state = _find_state(state, key, path)
     own = model.state_dict()
-    if not own.keys() & state.keys() and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for wrapper in ("module.", "_orig_mod."):
+        if not own.keys() & state.keys() and all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
     complaints = []
     # Tensors that share memory are one tensor: a file that names a tied weight once is complete.
     places = {name: (t.data_ptr(), t.shape) for name, t in own.items() if t.numel()}
@@ -173,6 +175,13 @@ def load_checkpoint(
         for name, tensor in own.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    mistyped = [
+        f"{name} {state[name].dtype}"
+        for name, tensor in own.items()
+        if name in state and tensor.is_floating_point() and not state[name].is_floating_point()
+    ]
+    if mistyped:
+        complaints.append(f"not floating point {_some(mistyped)}")
     if misshapen:
         complaints.append(f"misshapen {_some(misshapen)}")
     if complaints:
@@ -197,7 +206,7 @@ def _read_state(path: Path, allow_pickle: bool) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) and not allow_pickle:
+        if not allow_pickle and any(f"Unsupported {what}" in str(error) for what in ("global", "class")):
             raise InputError(
                 f"checkpoint {path} holds more than tensors, and loading it could run code; "
                 "if you trust its origin, set model.allow_pickle = true"

@@ -15,6 +15,7 @@ the structure is final from the first byte.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -137,7 +138,14 @@ class SurfaceFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+            return
+        # What went wrong may well be the writing itself: a second complaint would hide the first.
+        with contextlib.suppress(OSError):
+            self.commit()
+        with contextlib.suppress(OSError):
+            self._h5.close()
 
     def close(self) -> None:
         """Commit what is recorded and close."""
@@ -290,7 +298,10 @@ def _lay_out(
 ) -> None:
     for name in (column.name for column in columns):
         if name in RESERVED_NAMES or "/" in name or not name:
-            raise InputError(f"a column cannot be called {name!r}: that name is taken by the surface file")
+            taken = ", ".join(sorted(RESERVED_NAMES))
+            raise InputError(
+                f"a column cannot be called {name!r}: no '/', not empty, and none of {taken}; rename the split or value"
+            )
     for name, axis in zip(grid.names, grid.axes, strict=True):
         handle.create_dataset(name, data=axis.values)
         handle[name].make_scale(name)

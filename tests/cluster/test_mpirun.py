@@ -136,6 +136,43 @@ def test_points_that_fail_on_one_rank_are_done_by_others(job: Processes) -> None
     assert _values(job.folder / "a.h5") == _values(job.folder / "b.h5")
 
 
+def test_unfit_output_ends_all_ranks(job: Processes) -> None:
+    """Known to rank 0 alone, and only when the others are about to ask for work."""
+    small = ("--out", "s.h5", "--set", "grid.x=0:1:2", "--set", "grid.y=0:1:2")
+    assert job.python(*RUN, *small, ranks=2).code == 0
+    other = job.python(*RUN, *small, "--set", "directions.seed=9", ranks=3, timeout=60)
+    assert other.code == 1
+    assert "another job; what differs: directions" in other.err
+    whole = (job.folder / "s.h5").read_bytes()
+    (job.folder / "s.h5").write_bytes(whole[:3000])
+    damaged = job.python(*RUN, *small, ranks=3, timeout=60)
+    assert damaged.code == 4, damaged.err
+    assert "cannot be opened" in damaged.err
+
+
+FULL = """
+from distsurf.surface import SurfaceFile
+from distsurf.cli import main
+import sys
+
+def commit(self, count=[0]):
+    count[0] += 1
+    if count[0] > 2:
+        raise OSError(28, "No space left on device")
+
+SurfaceFile.commit = commit
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_error_of_the_recorder_ends_all_ranks(job: Processes) -> None:
+    (job.folder / "full.py").write_text(FULL)
+    slow = ("job.toml", "--no-pictures", "--set", "objective.function=net.py:slow")
+    ended = job.python("full.py", "run", *slow, ranks=3, timeout=60)
+    assert ended.code == 1
+    assert "No space left on device" in ended.err
+
+
 def test_bad_input_is_said_once(job: Processes) -> None:
     ended = job.python(*RUN, "--set", "grid.x=1", ranks=3)
     assert ended.code == 1
@@ -323,15 +360,19 @@ import os, sys, torch, distsurf
 from net import net, data
 rank = int(os.environ["PMI_RANK"])
 options = dict(x="0:1:2", threads=1, progress="none")
-distsurf.evaluate(net(), data(), **options)
+distsurf.evaluate(net(), data() if rank == 0 else None, **options)
 if sys.argv[1] == "script" and rank == 1:
     raise RuntimeError("the user's own mistake")
 if sys.argv[1] == "exit":
     leave = lambda model, batch: sys.exit("leaving") if rank == 2 else {"loss": (1.0, 1)}
     distsurf.evaluate(net(), data(), objective=leave, **options)
+if sys.argv[1] == "differ":
+    distsurf.evaluate(net(), data(), **(options | {"seed": rank}))
+if sys.argv[1] == "model":
+    distsurf.evaluate(net() if rank != 1 else torch.nn.Sequential(torch.nn.Linear(2, 2)), None, **options)
 if sys.argv[1] == "input":
     distsurf.evaluate(net(), data(), "no_such_loss", **options)
-distsurf.evaluate(net(), data(), **options)
+distsurf.evaluate(net(), data() if rank == 0 else None, **options)
 """
 
 
@@ -341,6 +382,8 @@ distsurf.evaluate(net(), data(), **options)
         ("script", "RuntimeError: the user's own"),
         ("exit", "SystemExit leaving"),
         ("input", "InputError: no loss"),
+        ("differ", "rank 1 was given another job"),
+        ("model", "rank 1 has another model"),
     ],
 )
 def test_uncaught_exception_of_a_script_ends_every_rank(job: Processes, mistake: str, words: str) -> None:

@@ -159,7 +159,18 @@ def test_any_float_is_a_value(value: float, check: Any) -> None:
     assert check(result).all() if check else (result == value).all()
 
 
-@pytest.mark.parametrize("returned", [3.0, {}, {"loss": 2.0}, {1: (1, 1)}])
+@pytest.mark.parametrize(
+    "returned",
+    [
+        3.0,
+        {},
+        {"loss": 2.0},
+        {1: (1, 1)},
+        {"loss": ("a", 1)},
+        {"loss": (torch.ones(3), 3)},
+        {"loss": (1, None)},
+    ],
+)
 def test_objective_of_the_wrong_form(returned: Any) -> None:
     model, data = CASES[0].make()
     with (

@@ -29,6 +29,7 @@ WRAPPED: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "bare": lambda state: state,
     "state_dict": lambda state: {"state_dict": state, "epoch": 3},
     "net": lambda state: {"net": state, "acc": 0.9},
+    "compiled": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
     "data_parallel": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
 }
 

@@ -226,7 +226,7 @@ def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
 
 
 def test_column_names_of_the_file_are_refused() -> None:
-    with pytest.raises(InputError, match="taken"):
+    with pytest.raises(InputError, match="none of cost"):
         SurfaceFile.memory(GRID, (Column("status"),))
 
 
