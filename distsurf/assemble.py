@@ -22,7 +22,7 @@ from distsurf.files import replacing
 from distsurf.job import LIVE, Job
 from distsurf.names import nearest
 from distsurf.objective.data import Split, as_splits, tensors_of
-from distsurf.objective.losses import CLASSIFICATION, LOSSES, METRICS, Objective, Supervised, Term
+from distsurf.objective.losses import LOSSES, METRIC_OF, METRICS, Objective, Supervised, Term
 from distsurf.subspace.weights import load_checkpoint
 
 Say = Callable[[str], None]
@@ -110,8 +110,8 @@ def build_objective(job: Job, live: Live | None) -> Objective:
             terms.append(Term.named(loss.name, loss.parameters, column))
     if job.metrics is not None:
         terms += [Term.named(metric.name, metric.parameters, metric.column) for metric in job.metrics]
-    elif job.losses[0].name in CLASSIFICATION:
-        terms.append(Term.named("accuracy", {}))
+    elif job.losses[0].name in METRIC_OF:
+        terms.append(Term.named(METRIC_OF[job.losses[0].name], {}, "accuracy"))
     return Supervised(terms, job.data.target)
 
 

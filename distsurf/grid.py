@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from distsurf.errors import InputError
 
+MOST_POINTS = 100_000_000
 AXIS_NAMES = ("x", "y", "z")
 
 
@@ -83,6 +84,8 @@ class Grid:
     def __post_init__(self) -> None:
         if not 1 <= len(self.axes) <= len(AXIS_NAMES):
             raise InputError(f"a grid has one to three axes (x, y, z); {len(self.axes)} were given")
+        if self.size > MOST_POINTS:
+            raise InputError(f"the grid {self} has {self.size:,} points; the most is {MOST_POINTS:,}")
 
     @classmethod
     def parse(cls, axes: Mapping[str, str | None]) -> Grid:

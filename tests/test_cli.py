@@ -209,6 +209,35 @@ def test_incomplete_and_damaged_have_their_codes(folder: Path, capsys: pytest.Ca
     assert "unknown status values 77" in capsys.readouterr().err
 
 
+def test_damage_anywhere_ends_with_a_documented_code(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random bytes overwritten, in seeded places: never a traceback, whatever was hit."""
+    assert _run("--no-pictures") == 0
+    whole = Path("runs/mine/surface.h5").read_bytes()
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole), size=30):
+            damaged[place] = rng.integers(256)
+        Path("damaged.h5").write_bytes(damaged)
+        for verb in ("check", "status"):
+            assert main([verb, "damaged.h5"]) in (0, 1, 3, 4), (trial, verb)
+            assert "Traceback" not in capsys.readouterr().err
+
+
+def test_fresh_leaves_files_alone_that_are_no_surface(folder: Path) -> None:
+    assert _run("--no-pictures", "--fresh", "--out", "mine.py") == 1
+    assert (folder / "mine.py").read_text() == MY_CODE
+
+
+def test_code_beside_a_file_can_be_imported(folder: Path, processes: Processes) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "helper_of_net.py").write_text("WIDTH = 4")
+    (folder / "sub" / "net.py").write_text("from helper_of_net import WIDTH\nfrom mine import net as build")
+    assert _run("--no-pictures", "--set", "model.factory=sub/net.py:build") == 0
+
+
 def test_help_fits_one_screen(processes: Processes) -> None:
     ended = processes.python("-m", "distsurf", "--help")
     assert ended.code == 0

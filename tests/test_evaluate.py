@@ -310,3 +310,71 @@ def test_direction_that_moves_nothing_is_refused() -> None:
 
     with pytest.raises(distsurf.InputError, match="nothing of this model moves"):
         distsurf.evaluate(OnlyBias(), (torch.zeros(4, 3), torch.zeros(4)), progress="none")
+
+
+class WritesToInput(nn.Module):
+    def __init__(self, from_call: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self._calls, self._from_call = [0], from_call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._calls[0] += 1
+        if self._calls[0] >= self._from_call:
+            x.mul_(0.5)
+        return self.linear(x)
+
+
+def test_model_that_writes_to_its_input_is_refused_and_the_data_is_whole() -> None:
+    x, y = torch.randn(10, 3), torch.zeros(10, dtype=torch.int64)
+    before = x.clone()
+    with pytest.raises(distsurf.InputError, match="changes its input data in place"):
+        distsurf.evaluate(WritesToInput(1), (x, y), x="0:1:3", progress="none")
+    assert torch.equal(x, before)
+    with pytest.raises(distsurf.Incomplete, match="changes its input data in place"):  # seen only later
+        distsurf.evaluate(WritesToInput(4), (x, y), x="0:1:3", progress="none")
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_exit_inside_the_model_is_no_hang(error: type[BaseException]) -> None:
+    calls = []
+
+    def leave(model: nn.Module, batch: Any) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) > 2:
+            raise error
+        return {"loss": (1.0, 1)}
+
+    model = nn.Linear(3, 2)
+    before = model.weight.data_ptr()
+    with pytest.raises(error):
+        distsurf.evaluate(
+            model, (torch.zeros(4, 3), torch.zeros(4)), objective=leave, x="0:1:5", progress="none"
+        )
+    assert model.weight.data_ptr() == before
+
+
+def test_model_in_use_is_refused() -> None:
+    model, data = nn.Linear(3, 2), (torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+
+    def nested(m: nn.Module, batch: Any) -> dict[str, Any]:
+        distsurf.evaluate(model, data, x="0:1:2", progress="none")
+        return {"loss": (1.0, 1)}
+
+    with pytest.raises(distsurf.InputError, match="already being evaluated"):
+        distsurf.evaluate(model, data, objective=nested, x="0:1:2", progress="none")
+    assert distsurf.evaluate(model, data, x="0:1:2", progress="none").complete
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": None}, "nn.Module was expected"),
+        ({"loss": 5}, "a loss is a name, a table or a callable"),
+        ({"x": "-1:1:1000000000"}, "the most is"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: dict[str, Any], words: str) -> None:
+    options = {"model": nn.Linear(3, 2), "data": (torch.zeros(4, 3), torch.zeros(4)), "progress": "none"}
+    with pytest.raises(distsurf.InputError, match=words):
+        distsurf.evaluate(**(options | arguments))

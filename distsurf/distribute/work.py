@@ -147,9 +147,7 @@ class _OwnWorker(threading.Thread):
             self.reports.put(_first_report(columns))
             while isinstance(shard := self.shards.get(), Shard):
                 self.reports.put(evaluate_shard(self._evaluator, self._grid, shard, columns, self._stop))
-        except (
-            Exception
-        ) as error:  # a thread's exception would otherwise leave the main loop waiting for ever
+        except BaseException as error:  # sys.exit too: the main loop would otherwise wait for ever
             self.reports.put(error)
 
     def arrived(self) -> list[tuple[int, Report]]:

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from distsurf.errors import InputError
 
@@ -100,8 +109,11 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_table(data: Any) -> bool:
-    values = list(data.values()) if isinstance(data, Mapping) else data
-    return bool(values) and all(_is_array(value) for value in values)
+    """Whether a dict or tuple is one data set: tensors of equal length, some perhaps in nested inputs."""
+    values = list(data.values() if isinstance(data, Mapping) else data)
+    if isinstance(data, tuple) and any(map(_is_array, values)):
+        return all(_is_array(v) or (isinstance(v, (tuple, Mapping)) and _is_table(v)) for v in values)
+    return bool(values) and all(map(_is_array, values))
 
 
 def _as_split(name: str, data: Any) -> Split:
@@ -182,11 +194,20 @@ def _collated(samples: Iterator[Any]) -> Iterator[Any]:
 
 def _in_order(loader: DataLoader[Any]) -> Iterable[Any]:
     """The loader's batches without its shuffling: the surface file vouches for one fixed order."""
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    sampler = getattr(loader, "sampler", None)
+    dataset: Any = loader.dataset
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(dataset):
+        pass  # shuffled: read it from the first sample to the last
+    elif type(sampler) is SubsetRandomSampler:
+        dataset = Subset(loader.dataset, sorted(sampler.indices))
+    else:
+        return loader  # its own order is all there is, and is kept
+    if loader.batch_size is None:
         return loader
     return DataLoader(
-        loader.dataset,
+        dataset,
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
+        drop_last=loader.drop_last,
     )

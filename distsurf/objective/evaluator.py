@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -14,11 +15,12 @@ from torch import nn
 
 from distsurf.errors import InputError
 from distsurf.evaluator import Column, Stopped
-from distsurf.objective.data import Split, describe
+from distsurf.objective.data import Split, describe, map_tree, tensors_of
 from distsurf.objective.losses import Objective, Supervised
 from distsurf.subspace.moving import MovingModel
 from distsurf.subspace.weights import Subspace
 
+_WRITES = "the model or objective changes its input data in place"
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -53,9 +55,14 @@ class ModelEvaluator:
         self._stop = stop
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+            placed = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            # Inference tensors do not count what is written to them, which `_require_intact` relies on.
+            return placed.clone() if placed.is_inference() else placed
 
-        self._splits = [(split.name, split.map(place).batches(batch_size)) for split in splits]
+        placed = [split.map(place) for split in splits]
+        self._tensors = [t for split in placed for piece in split.pieces for t in tensors_of(piece)]
+        self._versions = [tensor._version for tensor in self._tensors]
+        self._splits = [(split.name, split.batches(batch_size)) for split in placed]
         self._names: list[tuple[str, ...]] = []
         self.columns: tuple[Column, ...] = ()
 
@@ -81,10 +88,16 @@ class ModelEvaluator:
         for split, batches in self._splits:
             try:
                 with self._ready():
+                    # A copy: should the model write to its inputs, the user's data is still whole when we refuse.
+                    first = map_tree(torch.Tensor.clone, batches[0])
+                    versions = [tensor._version for tensor in tensors_of(first)]
                     torch.manual_seed(self._seed)
-                    totals = self._objective(self._moving.model, batches[0])
+                    totals = self._objective(self._moving.model, first)
+                    if versions != [tensor._version for tensor in tensors_of(first)]:
+                        raise InputError(f"{_WRITES}; have its forward work on a copy (x = x.clone())")
                     if isinstance(self._objective, Supervised):
-                        self._objective.check(self._moving.model, batches[0])
+                        for batch in batches if self._objective.has_users_loss else []:
+                            self._objective.check(self._moving.model, batch)
                 names = _names(totals)
                 for name in names:
                     for part, what in zip(totals[name], ("sum", "count"), strict=True):
@@ -92,10 +105,12 @@ class ModelEvaluator:
             except InputError as error:
                 raise InputError(f"{_batch_in_words(split, batches[0])}: {error}") from error
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = (str(error).strip().splitlines() or [""])[0]
+                place = traceback.extract_tb(error.__traceback__)[-1]
                 raise InputError(
                     f"{_batch_in_words(split, batches[0])} does not pass through the model "
-                    f"{type(self._moving.model).__name__}: {reason}"
+                    f"{type(self._moving.model).__name__} and the objective: {type(error).__name__}: {reason} "
+                    f"({place.name}, line {place.lineno} of {place.filename})"
                 ) from error
             self._names.append(names)
             columns += [Column(f"{split}_{n}" if split else n, units.get(n, "")) for n in names]
@@ -132,6 +147,8 @@ class ModelEvaluator:
             for name in names:
                 sums.append(_total([total[name][0] for total in totals], self._device))
                 counts.append(_total([total[name][1] for total in totals], self._device))
+        if self._versions != [tensor._version for tensor in self._tensors]:
+            raise RuntimeError(f"{_WRITES}: all later values would be wrong")
         fetched = torch.stack(sums + counts).cpu().numpy()  # the only synchronization with the device
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(fetched[: len(sums)] / fetched[len(sums) :])

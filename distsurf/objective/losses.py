@@ -109,10 +109,19 @@ def focal(outputs: Tensor, targets: Tensor, *, gamma: float = 2.0) -> Total:
 
 
 def _hits(outputs: Tensor, targets: Tensor) -> Tensor:
-    if outputs.shape == targets.shape or outputs.shape[1:] == (1,):  # one logit, targets 0/1 or −1/+1
+    if outputs.ndim < 2 or outputs.shape[1:] == (1,):  # one logit, targets 0/1 or −1/+1
         outputs, targets = _same_shape(outputs, targets)
         return (outputs > 0) == (targets > 0)
+    if targets.is_floating_point() and targets.shape == outputs.shape:  # class probabilities
+        return outputs.argmax(dim=1) == targets.argmax(dim=1)
     return outputs.argmax(dim=1) == _class_ids(outputs, targets)
+
+
+def binary_accuracy(outputs: Tensor, targets: Tensor) -> Total:
+    """Percentage of right decisions where every element is one: logits against targets 0/1 or −1/+1."""
+    outputs, targets = _same_shape(outputs, targets)
+    hits = (outputs > 0) == (targets > 0)
+    return 100.0 * hits.sum(dtype=torch.float64), hits.numel()
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Total:
@@ -144,8 +153,20 @@ LOSSES: dict[str, Callable[..., Total]] = {
     "hinge": hinge,
     "focal": focal,
 }
-METRICS: dict[str, Callable[..., Total]] = {"accuracy": accuracy, "error": error, "top5": top5}
-CLASSIFICATION = frozenset({"cross_entropy", "label_smoothing", "binary_cross_entropy", "hinge", "focal"})
+METRICS: dict[str, Callable[..., Total]] = {
+    "accuracy": accuracy,
+    "binary_accuracy": binary_accuracy,
+    "error": error,
+    "top5": top5,
+}
+METRIC_OF = {
+    "cross_entropy": "accuracy",
+    "label_smoothing": "accuracy",
+    "binary_cross_entropy": "binary_accuracy",
+    "hinge": "accuracy",
+    "focal": "accuracy",
+}
+"""The metric that goes with a classification loss if none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +227,7 @@ class Supervised:
                 raise InputError(f"two terms are called {name!r}: give one of them another name with 'as'")
         self.terms = tuple(terms)
         self.target_key = target_key
+        self.has_users_loss = any(term.is_users for term in self.terms)
         self.units = {term.name: term.unit for term in terms}
 
     def __call__(self, model: nn.Module, batch: Any) -> dict[str, Total]:

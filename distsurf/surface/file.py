@@ -19,7 +19,8 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from distsurf.errors import DamagedFile, InputError
+from distsurf.errors import DamagedFile, DistsurfError, InputError
 from distsurf.evaluator import Column
 from distsurf.files import replacing
 from distsurf.grid import Grid
@@ -51,12 +52,8 @@ class SurfaceFile:
         self.path = path
         self._pending: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]] = []
         self._pending_failures: dict[int, str] = {}
-        try:
+        with _readable(path):
             self.grid, self.columns = _read_structure(handle)
-        except DamagedFile:
-            raise
-        except Exception as error:
-            raise DamagedFile(f"{path or 'surface'} is not a whole surface file: {error}") from error
 
     # -- making and opening -------------------------------------------------------------------------------
 
@@ -92,8 +89,15 @@ class SurfaceFile:
         Raises InputError if the folder cannot be written.
         """
         path = Path(path)
-        with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as handle:
-            _lay_out(handle, grid, columns, job, fingerprint or {}, facts or {})
+        needed = grid.size * (8 * (len(columns) + 1) + 1)
+        with replacing(path) as temporary:
+            free = shutil.disk_usage(path.parent).free
+            if needed > free:
+                raise InputError(
+                    f"{path} would take {needed / 1e9:.3g} GB, its disk has {free / 1e9:.3g} GB left"
+                )
+            with h5py.File(temporary, "w", locking=False) as handle:
+                _lay_out(handle, grid, columns, job, fingerprint or {}, facts or {})
         return cls.open(path, write=True)
 
     @classmethod
@@ -104,14 +108,13 @@ class SurfaceFile:
             raise InputError(f"no surface file {path}")
         if write and not os.access(path, os.W_OK):
             raise InputError(f"{path} cannot be written: check its permissions, or choose another --out")
-        try:
-            is_hdf5 = h5py.is_hdf5(path)
-            handle = h5py.File(path, "r+" if write else "r", locking=False) if is_hdf5 else None
-        except OSError as error:
-            raise DamagedFile(f"{path} is an HDF5 file that cannot be opened: {error}") from error
-        if handle is None:
+        if not h5py.is_hdf5(path):
             raise InputError(f"{path} is not a surface file (it is not HDF5)")
-        if "format" not in handle.attrs:
+        with _readable(path):
+            handle = h5py.File(path, "r+" if write else "r", locking=False)
+        with _readable(path):
+            is_ours = "format" in handle.attrs
+        if not is_ours:
             handle.close()
             raise InputError(f"{path} is HDF5 but not a surface file of distsurf")
         try:
@@ -231,7 +234,11 @@ class SurfaceFile:
         return np.asarray(self._h5["status"][...])
 
     def read(self) -> Surface:
-        """Everything in the file."""
+        """Everything in the file. Raises DamagedFile if it cannot be read."""
+        with _readable(self.path):
+            return self._read()
+
+    def _read(self) -> Surface:
         # The status is read first: a writer may add values while we read, never take any away.
         status = self.status()
         failures = {
@@ -270,6 +277,10 @@ class SurfaceFile:
 
     def check(self) -> list[str]:
         """Contradictions within the file, one readable line each; empty if it is sound."""
+        try:
+            self.read()
+        except DamagedFile as error:
+            return [str(error)]
         problems = []
         status = self.status()
         unknown = np.setdiff1d(np.unique(status), [int(s) for s in Status])
@@ -280,12 +291,21 @@ class SurfaceFile:
         unpaid = evaluated & ~(costs >= 0)
         if unpaid.any():
             problems.append(f"{int(unpaid.sum())} points are marked evaluated but have no cost")
-        for text in ("fingerprint", "facts"):
-            try:
-                json.loads(self._h5.attrs[text])
-            except (KeyError, ValueError) as error:
-                problems.append(f"the attribute {text} cannot be read: {error}")
         return problems
+
+
+@contextlib.contextmanager
+def _readable(path: Path | None) -> Iterator[None]:
+    """Whatever HDF5 or a parser says of bytes that are not what they should be is damage."""
+    try:
+        yield
+    except DistsurfError as error:
+        raise DamagedFile(f"{path or 'the surface'} is damaged: {error}") from error
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise DamagedFile(
+            f"{path or 'the surface'} is HDF5 that cannot be opened or read whole: {said}"
+        ) from error
 
 
 def _lay_out(

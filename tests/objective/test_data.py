@@ -5,7 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from distsurf.errors import InputError
 from distsurf.objective.data import as_splits, tensors_of
@@ -32,7 +39,7 @@ FORMS: dict[str, Any] = {
     "tensor_dataset": TensorDataset(X, Y),
     "dataset": Mapped(),
     "iterable_dataset": Streamed(),
-    "loader": DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True, drop_last=True),
+    "loader": DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True),
     "generator": ((X[i : i + 4], Y[i : i + 4]) for i in range(0, 10, 4)),
     "list": [(X[:7], Y[:7]), [X[7:], Y[7:]]],
 }
@@ -46,6 +53,23 @@ def test_every_form_becomes_the_same_batches(form: str) -> None:
     assert [len(b[0]) for b in batches] == [4, 4, 2]
     assert torch.equal(torch.cat([b[0] for b in batches]), X)
     assert torch.equal(torch.cat([b[1] for b in batches]), Y)
+
+
+def test_loaders_keep_their_choice_of_samples() -> None:
+    dataset = TensorDataset(X, Y)
+    chosen = DataLoader(dataset, 3, sampler=SubsetRandomSampler([7, 2, 5, 0]))
+    assert as_splits(chosen)[0].batches(9)[0][1].tolist() == [0, 2, 5, 7]
+    assert as_splits(DataLoader(dataset, 4, drop_last=True))[0].samples == 8
+    weighted = DataLoader(dataset, 4, sampler=WeightedRandomSampler([0.0] * 9 + [1.0], 6))
+    assert as_splits(weighted)[0].batches(9)[0][1].tolist() == [9] * 6
+    batched = DataLoader(dataset, batch_sampler=[[3, 1], [4]])
+    assert as_splits(batched)[0].batches(9)[0][1].tolist() == [3, 1, 4]
+
+
+def test_nested_inputs_beside_targets() -> None:
+    (split,) = as_splits(((X, {"more": X}), Y))
+    assert split.samples == 10
+    assert torch.equal(split.batches(4)[2][0][1]["more"], X[8:])
 
 
 def test_batches_are_views_of_one_piece() -> None:

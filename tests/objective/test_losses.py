@@ -38,6 +38,7 @@ EXPECTED: dict[str, tuple[Any, Any, float]] = {
     "huber": (REAL, TARGET, np.where(GAP < 1, GAP**2 / 2, GAP - 0.5).mean()),
     "binary_cross_entropy": (REAL, TARGET > 0, np.log1p(np.exp(-REAL * np.sign(TARGET))).mean()),
     "accuracy": (LOGITS, CLASSES, 100 * RIGHT.mean()),
+    "binary_accuracy": (REAL, TARGET > 0, 100 * ((REAL > 0) == (TARGET > 0)).mean()),
     "error": (LOGITS, CLASSES, 100 - 100 * RIGHT.mean()),
     "top5": (LOGITS, CLASSES, 100 * (RANKS < 5).mean()),
 }
@@ -73,6 +74,12 @@ def test_binary_forms() -> None:
     assert _value(Term.named("accuracy", {}), score, sign) == 100 * ((score[:, 0] > 0) == (sign > 0)).mean()
     zero_one = (sign > 0).astype(np.int64)
     assert _value(Term.named("accuracy", {}), score, zero_one) == 100 * ((score[:, 0] > 0) == zero_one).mean()
+
+
+def test_one_hot_targets_are_classes() -> None:
+    one_hot = np.eye(7)[CLASSES]
+    assert _value(Term.named("accuracy", {}), LOGITS, one_hot) == pytest.approx(100 * RIGHT.mean(), rel=1e-12)
+    assert _value(Term.named("cross_entropy", {}), LOGITS, one_hot) == pytest.approx(-LOG_P.mean(), rel=1e-12)
 
 
 def test_ignored_targets_and_dense_prediction() -> None:
