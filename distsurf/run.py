@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +191,12 @@ def run(
                         seed=job.run.seed,
                         stop=stop,
                     )
+                )
+            if ranks.rank == 0 and not evaluator.is_repeatable:
+                warnings.warn(
+                    "the model gave two values for the same weights and data: it keeps state outside its buffers, or "
+                    "its kernels are not deterministic; values will depend on the order of evaluation",
+                    stacklevel=2,
                 )
             file = surface = None
             # A step of its own: the others must not ask for work before there is somewhere to record it.

@@ -378,3 +378,15 @@ def test_wrong_arguments_are_one_line(arguments: dict[str, Any], words: str) -> 
     options = {"model": nn.Linear(3, 2), "data": (torch.zeros(4, 3), torch.zeros(4)), "progress": "none"}
     with pytest.raises(distsurf.InputError, match=words):
         distsurf.evaluate(**(options | arguments))
+
+
+def test_state_that_cannot_be_undone_is_warned_of() -> None:
+    calls = []
+
+    def drifting(model: nn.Module, batch: Any) -> dict[str, Any]:
+        calls.append(1)
+        return {"loss": (float(len(calls)), 1)}
+
+    data = (torch.zeros(4, 3), torch.zeros(4))
+    with pytest.warns(UserWarning, match="two values for the same weights"):
+        distsurf.evaluate(nn.Linear(3, 2), data, objective=drifting, x="0:1:2", progress="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,8 @@ class ModelEvaluator:
         self._splits = [(split.name, split.batches(batch_size)) for split in placed]
         self._names: list[tuple[str, ...]] = []
         self.columns: tuple[Column, ...] = ()
+        self.is_repeatable = True
+        """Whether the first batches gave the same values twice; if not, values depend on what was done before."""
 
     def __enter__(self) -> ModelEvaluator:
         self._moving.__enter__()
@@ -93,6 +96,9 @@ class ModelEvaluator:
                     versions = [tensor._version for tensor in tensors_of(first)]
                     torch.manual_seed(self._seed)
                     totals = self._objective(self._moving.model, first)
+                    self._moving.move_to([0.0] * self._dimension)
+                    torch.manual_seed(self._seed)
+                    again = self._objective(self._moving.model, first)
                     if versions != [tensor._version for tensor in tensors_of(first)]:
                         raise InputError(f"{_WRITES}; have its forward work on a copy (x = x.clone())")
                     if isinstance(self._objective, Supervised):
@@ -102,6 +108,8 @@ class ModelEvaluator:
                 for name in names:
                     for part, what in zip(totals[name], ("sum", "count"), strict=True):
                         _require_number(name, what, part)
+                    values = [float(each[name][0]) for each in (totals, again)]
+                    self.is_repeatable &= values[0] == values[1] or all(map(math.isnan, values))
             except InputError as error:
                 raise InputError(f"{_batch_in_words(split, batches[0])}: {error}") from error
             except Exception as error:
