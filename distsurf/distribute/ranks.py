@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from distsurf.errors import DistsurfError, InputError
 
+OPENMPI_RUN, MPICH_RUN, SRUN = "Open MPI's mpirun", "MPICH's mpirun", "srun"
 TEXT_BYTES = 1024
 CHUNK = 1 << 30  # MPI counts are 32-bit ints
 ALIGNMENT = 64
@@ -248,13 +249,13 @@ def _shared_memory_has(size: int) -> bool:
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, str] | None:
     """How a launcher started this process: (rank, size, launcher), or None for a process on its own."""
     for launcher, rank, size in (
-        ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("MPICH's mpirun", "PMI_RANK", "PMI_SIZE"),
-        ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        (OPENMPI_RUN, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        (MPICH_RUN, "PMI_RANK", "PMI_SIZE"),
+        (SRUN, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ):
         if rank in environment and size in environment:
-            if launcher == "MPICH's mpirun" and "MPI_LOCALNRANKS" not in environment:
-                launcher = "srun"  # its pmi2 sets PMI_RANK and PMI_SIZE too, but not this one
+            if launcher == MPICH_RUN and "MPI_LOCALNRANKS" not in environment:
+                launcher = SRUN  # its pmi2 sets PMI_RANK and PMI_SIZE too, but not this one
             return int(environment[rank]), int(environment[size]), launcher
     return None
 
@@ -266,22 +267,29 @@ def connect() -> Ranks:
         return Ranks()
     rank, size, launcher = start
     try:
+        import mpi4py
+
+        mpi4py.rc(initialize=False, finalize=True)  # to look at the library before it can abort the process
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise InputError(
             f"{launcher} started {size} processes, but there is no MPI library to connect them "
             f"({str(error).splitlines()[0]}): pip install 'distsurf[mpich]', or load your site's MPI module"
         ) from error
-    if size != MPI.COMM_WORLD.size:
-        library = MPI.Get_library_version().splitlines()[0].strip("\0")
+    library = " ".join(MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0").split())
+    # MPICH under Open MPI's launcher aborts in its initialization; the other way round gives singletons.
+    is_foreign = (launcher, library.split()[0]) in {(OPENMPI_RUN, "MPICH"), (MPICH_RUN, "Open")}
+    if not is_foreign and not MPI.Is_initialized():
+        MPI.Init_thread()
+    if is_foreign or size != MPI.COMM_WORLD.size:
         remedy = {
-            "srun": "choose the srun flag that fits the library: --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI",
-            "MPICH's mpirun": "load MPICH with MPI4PY_LIBMPI=/path/to/libmpi.so.12, or use Open MPI's mpirun",
-            "Open MPI's mpirun": f"use the mpirun of that library (beside {sys.executable} if it came by pip)",
+            SRUN: "choose the srun flag that fits the library: --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI",
+            MPICH_RUN: "use Open MPI's mpirun, or load MPICH with MPI4PY_LIBMPI=/path/to/libmpi.so.12",
+            OPENMPI_RUN: f"use the mpirun of that library (beside {sys.executable} if it came by pip)",
         }[launcher]
         raise InputError(
-            f"{launcher} started {size} processes, but this one ({rank}) sees a world of {MPI.COMM_WORLD.size} "
-            f"through {library}; each would do the whole job: {remedy}"
+            f"{launcher} started {size} processes, but this one ({rank}) is alone, and each would do the whole job: "
+            f"Python loads {library}; {remedy}"
         )
     if not isinstance(sys.excepthook, _EndAll):
         sys.excepthook = _EndAll(sys.excepthook, MPI.COMM_WORLD)

@@ -304,7 +304,7 @@ def test_singletons_are_refused_with_the_remedy(job: Processes) -> None:
     ):
         ended = job.end(job.start(*job.command(0), *RUN, env=launcher))
         assert ended.code == 1
-        assert "started 4 processes, but this one (0) sees a world of 1" in ended.err
+        assert "started 4 processes, but this one (0) is alone" in ended.err
         assert remedy in ended.err
         assert ended.err.count("distsurf:") == 1
 
