@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,12 @@ from distsurf.distribute.placement import Placement, place
 from distsurf.distribute.ranks import Ranks, connected
 from distsurf.distribute.signals import StopRequest
 from distsurf.distribute.work import coordinate, work
-from distsurf.errors import DamagedFile, Incomplete, InputError
-from distsurf.evaluator import Column
-from distsurf.files import replacing
-from distsurf.grid import Grid
+from distsurf.errors import Incomplete, InputError
 from distsurf.job import LIVE, Job
 from distsurf.objective.data import Split
 from distsurf.objective.evaluator import DTYPES, ModelEvaluator
 from distsurf.objective.losses import Objective
+from distsurf.output import open_output, require_writable
 from distsurf.progress import Mode, Progress, duration
 from distsurf.provenance import describe_callable
 from distsurf.subspace import Layout, Subspace, Tensors, normalize, orthogonalize, random_direction
@@ -160,7 +157,7 @@ def run(
         _require_same(ranks.gather(job.fingerprint), "was given another job")
         assemble.check_names(job)
         if ranks.rank == 0 and out is not None:
-            _require_writable(out)
+            require_writable(out)
     placement = place(ranks, job.run.device, job.run.threads)
     say(placement.summary)
     with ranks.together():
@@ -216,7 +213,9 @@ def run(
                         "facts": provenance.facts(job, placement, shared.subspace, shared.splits),
                     }
                     now = provenance.conditions(placement)
-                    file = stack.enter_context(_open(out, fresh, evaluator.columns, about, grid, now, say))
+                    file = stack.enter_context(
+                        open_output(out, fresh, evaluator.columns, about, grid, now, say)
+                    )
             with ranks.together():
                 if file is not None:
                     surface = _coordinate(
@@ -314,67 +313,6 @@ def _coordinate(
             f"{evaluated * samples / seconds:,.0f} samples/s"
         )
     return surface
-
-
-def _open(
-    out: Path | None,
-    fresh: bool,
-    columns: tuple[Column, ...],
-    about: dict[str, Any],
-    grid: Grid,
-    now: Mapping[str, Any],
-    say: Say,
-) -> SurfaceFile:
-    """The surface file of this job: the one that is there, if it is this job's, or a new one."""
-    if out is None:
-        return SurfaceFile.memory(grid, columns, **about)
-    if out.exists() and not fresh:
-        file = SurfaceFile.open(out, write=True)
-        try:
-            file.require(about["fingerprint"])
-            names = [[column.name for column in side] for side in (file.columns, columns)]
-            if names[0] != names[1]:
-                raise InputError(f"{out} has columns {', '.join(names[0])}, this job {', '.join(names[1])}")
-        except BaseException:
-            file.close()
-            raise
-        then = file.facts
-        changed = [
-            f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value
-        ]
-        if changed and np.any(file.status() == Status.PENDING):
-            say(
-                f"note: the file was begun under other conditions ({'; '.join(changed)}); last digits may differ"
-            )
-        return file
-    if out.exists():
-        with contextlib.suppress(DamagedFile):
-            SurfaceFile.open(
-                out
-            ).close()  # raises for what is no surface: --fresh must not move other files away
-        say(f"the old {out} is kept as {_set_aside(out)}")
-    return SurfaceFile.create(out, grid, columns, **about)
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename a file to the first free ``NAME.old-N.SUFFIX`` beside it."""
-    number = 1
-    while (kept := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(kept)
-    return kept
-
-
-def _require_writable(path: Path) -> None:
-    """Raise InputError now rather than after the training if the output's folder cannot be written."""
-    if path.is_dir():
-        raise InputError(f"the output {path} is a folder; give a file, for example {path / 'surface.h5'}")
-    with contextlib.suppress(_Discard), replacing(path):
-        raise _Discard
-
-
-class _Discard(Exception):
-    pass
 
 
 def _what_is_missing(surface: Surface, reason: str, out: Path | None) -> str:

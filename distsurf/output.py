@@ -1,0 +1,76 @@
+"""Where a job's results go: its own surface file continued, a new one, or memory. No other file is ever touched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distsurf.errors import DamagedFile, InputError
+from distsurf.evaluator import Column
+from distsurf.files import replacing
+from distsurf.grid import Grid
+from distsurf.surface import Status, SurfaceFile
+
+
+def open_output(
+    out: Path | None,
+    fresh: bool,
+    columns: tuple[Column, ...],
+    about: dict[str, Any],
+    grid: Grid,
+    now: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> SurfaceFile:
+    """The surface file of this job: the one that is there, if it is this job's, or a new one."""
+    if out is None:
+        return SurfaceFile.memory(grid, columns, **about)
+    if out.exists() and not fresh:
+        file = SurfaceFile.open(out, write=True)
+        try:
+            file.require(about["fingerprint"])
+            names = [[column.name for column in side] for side in (file.columns, columns)]
+            if names[0] != names[1]:
+                raise InputError(f"{out} has columns {', '.join(names[0])}, this job {', '.join(names[1])}")
+        except BaseException:
+            file.close()
+            raise
+        then = file.facts
+        changed = [
+            f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value
+        ]
+        if changed and np.any(file.status() == Status.PENDING):
+            say(
+                f"note: the file was begun under other conditions ({'; '.join(changed)}); last digits may differ"
+            )
+        return file
+    if out.exists():
+        # Raises for what is no surface, since --fresh must not move other files away.
+        with contextlib.suppress(DamagedFile):
+            SurfaceFile.open(out).close()
+        say(f"the old {out} is kept as {_set_aside(out)}")
+    return SurfaceFile.create(out, grid, columns, **about)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a file to the first free ``NAME.old-N.SUFFIX`` beside it."""
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(kept)
+    return kept
+
+
+def require_writable(path: Path) -> None:
+    """Raise InputError now rather than after the training if the output's folder cannot be written."""
+    if path.is_dir():
+        raise InputError(f"the output {path} is a folder; give a file, for example {path / 'surface.h5'}")
+    with contextlib.suppress(_Discard), replacing(path):
+        raise _Discard
+
+
+class _Discard(Exception):
+    pass
