@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -206,12 +207,12 @@ def _read_state(path: Path, allow_pickle: bool) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        if not allow_pickle and any(f"Unsupported {what}" in str(error) for what in ("global", "class")):
+        if not allow_pickle and re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             raise InputError(
                 f"checkpoint {path} holds more than tensors, and loading it could run code; "
                 "if you trust its origin, set model.allow_pickle = true"
             ) from error
-        raise InputError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+        raise InputError(f"checkpoint {path} cannot be read: it is not what torch.save writes") from error
     except Exception as error:
         raise InputError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
 
