@@ -214,7 +214,9 @@ def _read_state(path: Path, allow_pickle: bool) -> Any:
             ) from error
         raise InputError(f"checkpoint {path} cannot be read: it is not what torch.save writes") from error
     except Exception as error:
-        raise InputError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+        raise InputError(
+            f"checkpoint {path} cannot be read ({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
