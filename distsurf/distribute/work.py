@@ -138,7 +138,9 @@ class _OwnWorker(threading.Thread):
         super().__init__(name="distsurf-evaluator", daemon=True)
         self.shards: queue.SimpleQueue[Shard | Order] = queue.SimpleQueue()
         self.reports: queue.SimpleQueue[Report | BaseException] = queue.SimpleQueue()
-        self._evaluator, self._grid, self._stop, self._prepare = evaluator, grid, stop, prepare
+        self._evaluator, self._grid, self._prepare = evaluator, grid, prepare
+        self._abandoned = threading.Event()
+        self._stop = lambda: self._abandoned.is_set() or stop()
 
     def run(self) -> None:
         try:
@@ -149,6 +151,16 @@ class _OwnWorker(threading.Thread):
                 self.reports.put(evaluate_shard(self._evaluator, self._grid, shard, columns, self._stop))
         except BaseException as error:  # sys.exit too: the main loop would otherwise wait for ever
             self.reports.put(error)
+
+    def abandon(self) -> None:
+        """Have the thread leave its shard after the point at hand."""
+        self._abandoned.set()
+
+    def end(self) -> None:
+        """Have the thread end, and wait for it: it must not outlive the evaluator's hold of the model."""
+        self.shards.put(Order.STOP)
+        if self.is_alive():
+            self.join()
 
     def arrived(self) -> list[tuple[int, Report]]:
         """Reports since the last call, as from rank 0. Raises what broke the thread."""
@@ -221,11 +233,11 @@ def coordinate(
             else:
                 pause()
     except BaseException:
+        own.abandon()
         for worker in set(range(1, ranks.size)) - leaving:
             ranks.send(worker, Order.STOP)
         raise
     finally:
-        own.shards.put(Order.STOP)
+        own.end()
         recorder.commit()
-    own.join()
     return coordinator.failed
