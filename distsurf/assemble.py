@@ -88,6 +88,18 @@ def wanted_splits(job: Job, splits: Mapping[str, Split]) -> list[Split]:
     return [splits[name] for name in wanted]
 
 
+def training_split(splits: Mapping[str, Split]) -> Split:
+    """The split called ``train``, or the only one there is. Raises InputError."""
+    if "train" in splits:
+        return splits["train"]
+    if len(splits) > 1:
+        raise InputError(
+            "batch-norm statistics are recomputed from the split called 'train'; "
+            f"the data has {', '.join(splits)}"
+        )
+    return next(iter(splits.values()))
+
+
 def build_objective(job: Job, live: Live | None) -> Objective:
     """The objective: the user's own, or one made of losses and metrics."""
     if live is not None and live.objective is not None:

@@ -123,6 +123,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     run.add_argument(
         "--fresh", action="store_true", help="start anew; an existing file is kept under another name"
     )
+    run.add_argument(
+        "--plain",
+        action="store_true",
+        help="evaluate the model as it is, without looking for faster ways to the same values",
+    )
     run.add_argument("--progress", choices=("auto", "bar", "lines", "none"), default="auto")
     run.add_argument("--no-pictures", action="store_true", help="leave the pictures out")
 
@@ -164,15 +169,22 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> int:
     from distsurf.distribute.ranks import connected
-    from distsurf.job import Job
 
-    if options.job is None:
-        text = resources.files("distsurf").joinpath("default.toml").read_text()
-        job = Job.read(text, options.set, origin="the built-in job")
-    else:
-        job = Job.load(options.job, options.set)
+    if options.plain:
+        options.set.append("run.fast=false")
+    job = _job(options.job, options.set)
     with connected() as ranks:
         return _run_on(ranks, job, options)
+
+
+def _job(path: Path | None, overrides: Sequence[str]) -> Job:
+    """The job of a file, or the built-in one."""
+    from distsurf.job import Job
+
+    if path is None:
+        text = resources.files("distsurf").joinpath("default.toml").read_text()
+        return Job.read(text, overrides, origin="the built-in job")
+    return Job.load(path, overrides)
 
 
 def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace) -> int:

@@ -22,7 +22,10 @@ class Column:
 
 
 class Evaluator(Protocol):
-    """Coordinates in, values out. The value of a point may depend on its coordinates alone."""
+    """Coordinates in, values out. The value of a point may depend on its coordinates alone.
+
+    An evaluator that is faster with several points at a time says so with an attribute ``points_per_pass``.
+    """
 
     @property
     def columns(self) -> tuple[Column, ...]:

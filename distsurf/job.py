@@ -72,7 +72,8 @@ class DataSection(Section):
     arguments: dict[str, Any] = {}
     splits: Annotated[list[str], Field(min_length=1)] | None = None
     """Which splits to evaluate; all that the source gives if left out."""
-    batch_size: Annotated[int, Field(ge=1)] = 128
+    batch_size: Annotated[int, Field(ge=0)] = 0
+    """Samples per forward pass; 0 finds the fastest by a short measurement, which the surface file then keeps."""
     target: str | None = None
     """For dict batches: the entry that holds the targets."""
 
@@ -99,8 +100,9 @@ class ObjectiveSection(Section):
     """Left out: accuracy for classification losses, none for others."""
     function: str | None = None
     """``module:callable`` ``(model, batch) -> {name: (sum, count)}`` in place of losses and metrics."""
-    batch_norm: Literal["frozen"] = "frozen"
-    """Batch-norm statistics: ``frozen`` keeps the stored ones."""
+    batch_norm: Literal["frozen", "interpolated", "recomputed"] = "frozen"
+    """Batch-norm statistics: ``frozen`` keeps the stored ones, ``interpolated`` makes them part of the directions (the
+    ``states`` of Li et al.'s code), ``recomputed`` takes them from the training data at every point."""
 
     @property
     def losses(self) -> list[TermSection]:
@@ -151,8 +153,10 @@ class GridSection(Section):
 class RunSection(Section):
     """How to compute: what is here may change speed and last digits, never the meaning."""
 
-    precision: Literal["fp32", "fp64"] = "fp32"
-    """fp32 is strict: no TF32."""
+    precision: Literal["fp32", "fp64", "tf32", "bf16", "fp16"] = "fp32"
+    """fp32 is strict: no TF32. The surface file has each one's error against float64."""
+    fast: bool = True
+    """Whether to look for faster ways to the same values; ``--plain`` is ``run.fast = false``."""
     device: str = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads per rank; 0 divides the cores among the ranks of a node."""
@@ -233,7 +237,7 @@ class Job(Section):
         told = self.model_dump(
             mode="json", by_alias=True, exclude={"name": True, "output": True, "train": True}
         )
-        for key in ("device", "threads"):
+        for key in ("device", "threads", "fast"):
             del told["run"][key]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -13,6 +13,7 @@ from distsurf.errors import DamagedFile, InputError
 from distsurf.evaluator import Column
 from distsurf.files import replacing
 from distsurf.grid import Grid
+from distsurf.objective.recipe import DEFAULT_BATCH, Recipe
 from distsurf.surface import Status, SurfaceFile
 
 
@@ -40,7 +41,9 @@ def open_output(
             raise
         then = file.facts
         changed = [
-            f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value
+            f"{key} {then[key]} then, {value} now"
+            for key, value in now.items()
+            if then.get(key, value) != value
         ]
         if changed and np.any(file.status() == Status.PENDING):
             say(
@@ -53,6 +56,23 @@ def open_output(
             SurfaceFile.open(out).close()
         say(f"the old {out} is kept as {_set_aside(out)}")
     return SurfaceFile.create(out, grid, columns, **about)
+
+
+def recorded(out: Path | None, fresh: bool) -> tuple[Recipe | None, int | None]:
+    """How the points of the file that will be continued were evaluated, and how many it misses; (None, None) if none.
+
+    Raises InputError or DamagedFile for what is no surface file.
+    """
+    if out is None or fresh or not out.exists():
+        return None, None
+    with SurfaceFile.open(out) as file:
+        missing = int(np.isin(file.status(), (Status.PENDING, Status.FAILED)).sum())
+        told = file.facts.get("evaluation")
+        if told is not None:
+            told = {name: value for name, value in told.items() if name != "precision"}
+            return Recipe.recorded(told), missing
+        # Written before there was a fast path.
+        return Recipe(batch_size=int(file.fingerprint.get("batch_size", DEFAULT_BATCH))), missing
 
 
 def _set_aside(path: Path) -> Path:

@@ -19,6 +19,7 @@ from distsurf.distribute.placement import Placement
 from distsurf.job import Job
 from distsurf.objective.data import Split, tensors_of
 from distsurf.objective.losses import Objective, Supervised
+from distsurf.objective.recipe import Recipe
 from distsurf.subspace import Subspace, cosine
 from distsurf.subspace.weights import digest
 
@@ -31,30 +32,41 @@ def fingerprint(
     splits: Sequence[Split],
     objective: Objective,
     losses: Iterable[Callable[..., Any]],
+    *,
+    batch_size: int,
+    statistics: Split | None = None,
 ) -> dict[str, str]:
     """Everything that values depend on, field by field, in words or digests; the same in every process.
 
-    ``losses`` are the user's own among the objective's losses.
+    ``losses`` are the user's own among the objective's losses; ``statistics`` the data that batch-norm statistics are
+    recomputed from.
     """
-    return {
+    told = {
         "model": describe_model(model),
         **subspace.fingerprints(),
         "buffers": digest([repr(list(buffers)).encode(), *map(_bytes, buffers.values())]),
         "data": _describe_data(splits),
         "objective": _describe_objective(job, objective, losses),
-        "batch_size": str(job.data.batch_size),
+        "batch_size": str(batch_size),
         "grid": str(job.grid.grid()),
         "precision": job.run.precision,
         "seed": str(job.run.seed),
     }
+    if job.objective.batch_norm != "frozen":
+        told["batch_norm"] = job.objective.batch_norm
+    if statistics is not None:
+        told["batch_norm"] += f" from {_describe_data([statistics])}"
+    return told
 
 
-def facts(job: Job, placement: Placement, subspace: Subspace, splits: Sequence[Split]) -> dict[str, Any]:
+def facts(
+    job: Job, placement: Placement, recipe: Recipe, subspace: Subspace, splits: Sequence[Split]
+) -> dict[str, Any]:
     """What is worth knowing of how a surface was made, as JSON."""
     axes = "xyz"[: subspace.dimension]
     pairs = [(i, j) for i in range(len(axes)) for j in range(i + 1, len(axes))]
     return {
-        **conditions(placement),
+        **conditions(placement, recipe),
         "distsurf": distsurf.__version__,
         "numpy": np.__version__,
         "hdf5": h5py.version.hdf5_version,
@@ -64,6 +76,7 @@ def facts(job: Job, placement: Placement, subspace: Subspace, splits: Sequence[S
         "job_fingerprint": job.fingerprint,
         "name": job.name,
         "parameters": subspace.layout.count,
+        "evaluation": {"precision": job.run.precision, **recipe.told()},
         "samples": {split.name or "data": split.samples for split in splits},
         "cosines": {
             axes[i] + axes[j]: cosine(subspace.directions[i], subspace.directions[j]) for i, j in pairs
@@ -71,9 +84,14 @@ def facts(job: Job, placement: Placement, subspace: Subspace, splits: Sequence[S
     }
 
 
-def conditions(placement: Placement) -> dict[str, Any]:
+def conditions(placement: Placement, recipe: Recipe) -> dict[str, Any]:
     """What values do not depend on in meaning, but may in their last digits."""
-    return {"torch": torch.__version__, "device": placement.device.type, "threads": placement.threads}
+    return {
+        "torch": torch.__version__,
+        "device": placement.device.type,
+        "threads": placement.threads,
+        "steps": " ".join(recipe.steps) or "plain",
+    }
 
 
 def describe_callable(function: Any) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from distsurf import assemble, provenance
+from distsurf.agree import agree_on_recipe
 from distsurf.assemble import Live, Say
 from distsurf.distribute.coordinator import FullPlan
 from distsurf.distribute.parcel import distribute
@@ -31,12 +32,15 @@ from distsurf.distribute.work import coordinate, work
 from distsurf.errors import Incomplete, InputError
 from distsurf.job import LIVE, Job
 from distsurf.objective.data import Split
-from distsurf.objective.evaluator import DTYPES, ModelEvaluator
+from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.losses import Objective
+from distsurf.objective.precision import PRECISIONS
+from distsurf.objective.recipe import DEFAULT_BATCH
 from distsurf.output import open_output, require_writable
 from distsurf.progress import Mode, Progress, duration
 from distsurf.provenance import describe_callable
 from distsurf.subspace import Layout, Subspace, Tensors, normalize, orthogonalize, random_direction
+from distsurf.subspace.weights import batch_norm_statistics
 from distsurf.surface import Status, Surface, SurfaceFile
 
 
@@ -58,9 +62,11 @@ def evaluate(
     normalization: str = "filter",
     ignore: str = "bias_bn",
     orthogonalize: bool = False,
-    batch_size: int = 128,
+    batch_norm: str = "frozen",
+    batch_size: int = 0,
     target: str | None = None,
     precision: str = "fp32",
+    plain: bool = False,
     device: str = "auto",
     threads: int = 0,
     name: str = "surface",
@@ -79,6 +85,11 @@ def evaluate(
         seed: of the random directions.
         metrics: names; left out, accuracy for classification losses.
         objective: a callable ``(model, batch) -> {name: (sum, count)}`` in place of loss and metrics.
+        batch_norm: statistics ``frozen`` as they are, ``interpolated`` (part of the directions) or ``recomputed`` from
+            the training data at every point.
+        batch_size: samples per forward pass; 0 finds the fastest.
+        precision: ``fp32`` (strict), ``fp64``, ``tf32``, ``bf16`` or ``fp16``.
+        plain: evaluate the module as it is, without looking for faster ways to the same values.
         out: a surface file to write, and to continue from if it is there; without it the result is in memory only.
         fresh: start anew even if ``out`` exists (the old file is kept under another name).
 
@@ -96,9 +107,9 @@ def evaluate(
         term if callable_ is None else _live_term(callable_, is_first=i == 0)
         for i, (term, callable_) in enumerate(zip(losses, own, strict=True))
     ]
-    described: dict[str, Any] = {"loss": named, "metrics": metrics}
+    described: dict[str, Any] = {"loss": named, "metrics": metrics, "batch_norm": batch_norm}
     if objective is not None:
-        described = {"function": f"{LIVE}{describe_callable(objective)}"}
+        described = {"function": f"{LIVE}{describe_callable(objective)}", "batch_norm": batch_norm}
     job = Job.build(
         {
             "name": name,
@@ -112,7 +123,7 @@ def evaluate(
                 "orthogonalize": orthogonalize,
             },
             "grid": {"x": x, "y": y, "z": z},
-            "run": {"precision": precision, "device": device, "threads": threads},
+            "run": {"precision": precision, "device": device, "threads": threads, "fast": not plain},
         },
         origin="evaluate",
     )
@@ -134,6 +145,8 @@ class Prepared:
     subspace: Subspace
     buffers: dict[str, torch.Tensor]
     splits: list[Split]
+    statistics: Split | None
+    """What batch-norm statistics are recomputed from, if they are."""
 
 
 def run(
@@ -182,10 +195,11 @@ def run(
                         shared.buffers,
                         shared.splits,
                         objective,
-                        batch_size=job.data.batch_size,
+                        batch_size=job.data.batch_size or DEFAULT_BATCH,
                         device=placement.device,
                         precision=job.run.precision,
                         seed=job.run.seed,
+                        statistics=shared.statistics,
                         stop=stop,
                     )
                 )
@@ -195,6 +209,7 @@ def run(
                     "its kernels are not deterministic; values will depend on the order of evaluation",
                     stacklevel=2,
                 )
+            recipe = agree_on_recipe(ranks, job, evaluator, out, fresh, say)
             file = surface = None
             # A step of its own: the others must not ask for work before there is somewhere to record it.
             with ranks.together():
@@ -209,10 +224,12 @@ def run(
                             shared.splits,
                             objective,
                             assemble.own_losses(job, live),
+                            batch_size=recipe.batch_size,
+                            statistics=shared.statistics,
                         ),
-                        "facts": provenance.facts(job, placement, shared.subspace, shared.splits),
+                        "facts": provenance.facts(job, placement, recipe, shared.subspace, shared.splits),
                     }
-                    now = provenance.conditions(placement)
+                    now = provenance.conditions(placement, recipe)
                     file = stack.enter_context(
                         open_output(out, fresh, evaluator.columns, about, grid, now, say)
                     )
@@ -241,11 +258,17 @@ def prepare(job: Job, model: nn.Module, live: Live | None, placement: Placement,
     """Rank 0: data, weights and directions."""
     splits = assemble.build_splits(job, live)
     assemble.load_weights(job, model, splits, placement.device, say)
-    tensors = Tensors.of(model)
-    layout = Layout.of(tensors.parameters)
+    mode = job.objective.batch_norm
+    if mode != "frozen" and not batch_norm_statistics(model):
+        raise InputError(
+            f"objective.batch_norm = {mode!r}: the model {type(model).__name__} has no batch norm with running "
+            "statistics; leave it out"
+        )
+    tensors = Tensors.of(model, interpolated=mode == "interpolated")
+    layout = Layout.of(tensors.moving)
     # float64 weights keep their digits only where they are asked for; else every model is evaluated in float32.
-    dtype = np.dtype(np.float64 if DTYPES[job.run.precision] is torch.float64 else np.float32)
-    center = layout.flatten(list(tensors.parameters.values()), dtype)
+    dtype = np.dtype(np.float64 if PRECISIONS[job.run.precision].sums is torch.float64 else np.float32)
+    center = layout.flatten(list(tensors.moving.values()), dtype)
     for name, view in zip(layout.names, layout.views(center), strict=True):
         if not np.isfinite(view).all():
             raise InputError(f"the weights are not finite: parameter {name} holds NaN or infinity")
@@ -267,8 +290,13 @@ def prepare(job: Job, model: nn.Module, live: Live | None, placement: Placement,
                 f"{wish.normalization!r} nothing of this model moves; try ignore = 'none'"
             )
         directions += (direction,)
-    buffers = {name: buffer.detach().clone() for name, buffer in tensors.buffers.items()}
-    return Prepared(Subspace(layout, center, directions), buffers, assemble.wanted_splits(job, splits))
+    buffers = {name: buffer.detach().clone() for name, buffer in tensors.fixed.items()}
+    return Prepared(
+        Subspace(layout, center, directions),
+        buffers,
+        assemble.wanted_splits(job, splits),
+        assemble.training_split(splits) if mode == "recomputed" else None,
+    )
 
 
 def _coordinate(

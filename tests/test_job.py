@@ -67,7 +67,7 @@ def test_fingerprint_is_canonical() -> None:
         ("gird.x=1", ["unknown key gird", "did you mean 'grid'?"]),
         ("grid.w=0:1:2", ["unknown key grid.w", "There is x, y, z"]),
         ("model.checkpiont=a", ["unknown key model.checkpiont", "did you mean 'checkpoint'?"]),
-        ("run.precision=fp16", ["run.precision = 'fp16'", "expected 'fp32' or 'fp64'"]),
+        ("run.precision=fp8", ["run.precision = 'fp8'", "expected 'fp32', 'fp64', 'tf32', 'bf16' or 'fp16'"]),
         ("directions.seed=-1", ["directions.seed = -1", "greater than or equal to 0"]),
         ("data.batch_size=many", ["data.batch_size = 'many'", "expected a valid integer"]),
         ("grid.x=1:2", ["grid: axis '1:2' cannot be read: expected min:max:count"]),

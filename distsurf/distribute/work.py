@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,27 +70,36 @@ def _report_of(
 def evaluate_shard(
     evaluator: Evaluator, grid: Grid, shard: Shard, columns: int, stop: Callable[[], bool]
 ) -> Report:
-    """Evaluate a shard point by point: a point that fails does not take the others with it."""
+    """Evaluate a shard, as many points at a time as the evaluator does in one pass.
+
+    A point that fails does not take the others with it: those of its pass are evaluated one by one.
+    """
     done: list[int] = []
     values: list[NDArray[np.float64]] = []
     seconds: list[float] = []
     failures: list[tuple[int, str]] = []
-    for point, coordinates in zip(shard.points.tolist(), grid.coordinates(shard.points), strict=True):
-        if stop():
-            break
+    size = getattr(evaluator, "points_per_pass", 1)
+    groups = deque(shard.points[start : start + size] for start in range(0, len(shard.points), size))
+    while groups and not stop():
+        group = groups.popleft()
         start = time.perf_counter()
         try:
-            value = np.asarray(evaluator(coordinates[None, :]), dtype=np.float64)
-            if value.shape != (1, columns):
-                raise ValueError(f"the evaluator returned shape {value.shape}, expected {(1, columns)}")
+            value = np.asarray(evaluator(grid.coordinates(group)), dtype=np.float64)
+            if value.shape != (len(group), columns):
+                raise ValueError(
+                    f"the evaluator returned shape {value.shape}, expected {(len(group), columns)}"
+                )
         except Stopped:
             break
         except Exception as error:
-            failures.append((point, _in_one_line(error)))
+            if len(group) == 1:
+                failures.append((int(group[0]), _in_one_line(error)))
+            else:
+                groups.extendleft(group[i : i + 1] for i in reversed(range(len(group))))
             continue
-        done.append(point)
-        values.append(value[0])
-        seconds.append(time.perf_counter() - start)
+        done += group.tolist()
+        values += list(value)
+        seconds += [(time.perf_counter() - start) / len(group)] * len(group)
     return Report(
         np.array(done, np.int64),
         np.array(values, np.float64).reshape(len(done), columns),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -17,12 +20,25 @@ from torch import nn
 from distsurf.errors import InputError
 from distsurf.evaluator import Column, Stopped
 from distsurf.objective.data import Split, describe, map_tree, tensors_of
+from distsurf.objective.fast.choose import choose
+from distsurf.objective.fast.steps import STEPS, Circumstances
+from distsurf.objective.fast.trace import NotApplicable, Refused
+from distsurf.objective.fast.verify import Batches, read
+from distsurf.objective.feed import Feed
 from distsurf.objective.losses import Objective, Supervised
-from distsurf.subspace.moving import MovingModel
+from distsurf.objective.network import Network, Recomputation, Running
+from distsurf.objective.precision import PRECISIONS, Precision, require_available
+from distsurf.objective.recipe import DEFAULT_BATCH, Recipe
+from distsurf.objective.tune import tune_batch_size
 from distsurf.subspace.weights import Subspace
 
+_BORROWED = "_distsurf_is_borrowed"
 _WRITES = "the model or objective changes its input data in place"
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+SAMPLE = 8, 64
+"""Least and most samples of each split on which steps of the fast path are verified."""
+SIZE_TOLERANCE = 1e-3
+"""Relative difference of sums that batches of another size may make; where samples of a batch act on each other (batch
+statistics in evaluation), it is larger."""
 
 
 class ModelEvaluator:
@@ -31,6 +47,9 @@ class ModelEvaluator:
     ``columns`` are ``{split}_{name}``, or ``{name}`` for a split without a name. Sums are kept on the device in
     float64 and fetched once per point. The random state is set to ``seed`` before every point, so that a model that
     draws random numbers gives the same value whoever evaluates the point, in whatever order.
+
+    It begins with the plain module. `choose` finds the steps of the fast path that hold here and `tune` a batch size;
+    `use` takes a `Recipe` that was found before, on another rank or in an earlier run.
     """
 
     def __init__(
@@ -41,69 +60,247 @@ class ModelEvaluator:
         splits: Sequence[Split],
         objective: Objective,
         *,
-        batch_size: int,
         device: torch.device,
+        batch_size: int = DEFAULT_BATCH,
         precision: str = "fp32",
         seed: int = 0,
+        statistics: Split | None = None,
         stop: Callable[[], bool] = lambda: False,
     ):
-        dtype = DTYPES[precision]
-        self._moving = MovingModel(model, subspace, buffers, device=device, dtype=dtype)
-        self._dimension = subspace.dimension
+        """``statistics``: the data from which batch-norm statistics are computed anew at every point, in batches of
+        `DEFAULT_BATCH` whatever the batch size is otherwise, since they depend on it.
+        """
+        self._require_fitting(model, subspace, buffers)
+        require_available(precision, device)
+        self._model = model
         self._objective = objective
+        self._precision = PRECISIONS[precision]
         self._seed = seed
         self._device = device
         self._stop = stop
-
-        def place(tensor: torch.Tensor) -> torch.Tensor:
-            placed = tensor.to(device, dtype if tensor.is_floating_point() else None)
-            # Inference tensors do not count what is written to them, which `_require_intact` relies on.
-            return placed.clone() if placed.is_inference() else placed
-
-        placed = [split.map(place) for split in splits]
-        self._tensors = [t for split in placed for piece in split.pieces for t in tensors_of(piece)]
-        self._versions = [tensor._version for tensor in self._tensors]
-        self._splits = [(split.name, split.batches(batch_size)) for split in placed]
+        self._plain = Network(model, subspace, buffers)
+        self._network = self._plain
+        self._running: Running | None = None
+        self._feeds = [Feed(split, device, self._precision.sums) for split in splits]
         self._names: list[tuple[str, ...]] = []
+        self._statistics = None if statistics is None else Feed(statistics, device, self._precision.sums)
         self.columns: tuple[Column, ...] = ()
+        self.recipe = Recipe(batch_size=batch_size)
+        """How points are evaluated now."""
         self.is_repeatable = True
         """Whether the first batches gave the same values twice; if not, values depend on what was done before."""
+        self.draws_random_numbers = False
+        """Whether the model or objective draws random numbers, so that values depend on the batch size."""
+
+    @staticmethod
+    def _require_fitting(model: nn.Module, subspace: Subspace, buffers: Mapping[str, Any]) -> None:
+        own = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        given = dict(zip(subspace.layout.names, subspace.layout.shapes, strict=True))
+        given.update((name, tuple(buffer.shape)) for name, buffer in buffers.items())
+        if own != given:
+            raise InputError(
+                f"the model {type(model).__name__} has other parameters or buffers than the one that the directions "
+                "were made for (on rank 0): every rank must build the same model"
+            )
+
+    @property
+    def points_per_pass(self) -> int:
+        """How many points one pass over the data evaluates: calls with so many waste nothing."""
+        return self._network.points_per_pass
 
     def __enter__(self) -> ModelEvaluator:
-        self._moving.__enter__()
+        if getattr(self._model, _BORROWED, False):
+            raise InputError(
+                "this model is already being evaluated (in another thread?); give each call its own copy"
+            )
+        setattr(self._model, _BORROWED, True)
         try:
+            self._put_to_work(self._plain)
             self._probe()
         except BaseException:
-            self._moving.__exit__(None, None, None)
+            self.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._moving.__exit__(kind, error, trace)
+        self._take_from_work()
+        if hasattr(self._model, _BORROWED):
+            delattr(self._model, _BORROWED)
+
+    # -- how points are evaluated -------------------------------------------------------------------------
+
+    def choose(
+        self, points: NDArray[np.float64], passes: int, wanted: Collection[str] | None = None
+    ) -> Recipe:
+        """Find the steps of the fast path that hold at these ``points`` ``(P, D)``, and use them.
+
+        ``passes``: how many points are to be evaluated in all; the sample on which steps are verified is small enough
+        for the whole to take about a hundredth of that. ``wanted``: try these steps only, however fast they are.
+        """
+        per_sample = 8 * len(points)  # passes of the verification over each of its samples, roughly
+        most = passes * sum(feed.samples for feed in self._feeds) / 100 / per_sample
+        size = int(max(SAMPLE[0], min(SAMPLE[1], most)))
+        choice = choose(
+            self._plain,
+            lambda network, precision: self._on_sample(network, precision, size),
+            self._circumstances,
+            points,
+            {column.name: column.unit for column in self.columns},
+            self._seed,
+            wanted,
+        )
+        self._put_to_work(choice.network)
+        self.recipe = replace(self.recipe, steps=choice.steps, dropped=choice.dropped, errors=choice.errors())
+        return self.recipe
+
+    def use(self, recipe: Recipe) -> None:
+        """Evaluate as another rank or an earlier run did. Raises `Refused` where a step cannot be taken here."""
+        network = self._plain
+        for name in recipe.steps:
+            try:
+                network = STEPS[name](network, self._circumstances)
+            except (NotApplicable, KeyError) as error:
+                raise Refused(f"{name} cannot be done here") from error
+        self._put_to_work(network)
+        self.recipe = recipe
+
+    def tune(self, passes: float) -> int:
+        """The fastest batch size here, where it changes values by rounding only. Measures for a hundredth of the time
+        that ``passes`` points take, ten seconds at most; where that is too little, the size stays as it is.
+        """
+        feed = max(self._feeds, key=lambda feed: feed.samples)
+        start = min(self.recipe.batch_size, feed.samples)
+        if not feed.is_whole or self.draws_random_numbers:
+            return self.recipe.batch_size
+        running, _ = self._on_sample(self._network, self._precision, SAMPLE[0])
+        with running, running.ready():
+            running.move_to(np.zeros((1, self._plain.subspace.dimension)))
+            once = self._seconds(running, feed, start)
+            budget = min(0.01 * passes * once * sum(f.samples for f in self._feeds), 10.0)
+            if budget < 10 * once * start:
+                return self.recipe.batch_size
+            best = tune_batch_size(
+                lambda size: self._seconds(running, feed, size), start, feed.samples, budget
+            )
+            if best == start or not self._agree(running, feed, start, best):
+                return self.recipe.batch_size
+        return best
+
+    def _seconds(self, running: Running, feed: Feed, size: int) -> float:
+        """Seconds per sample, the least of three batches."""
+        found = []
+        batch = next(iter(feed.batches(size)))
+        for _ in range(4):
+            start = time.perf_counter()
+            _fetch(running.totals(batch))
+            found.append((time.perf_counter() - start) / len(tensors_of(batch)[0]))
+        return min(found[1:])
+
+    def _agree(self, running: Running, feed: Feed, one: int, other: int) -> bool:
+        """Whether the same samples give the same values in batches of either size, but for rounding."""
+        samples = max(one, other)
+        sums = []
+        for size in (one, other):
+            total: dict[str, float] = {}
+            for batch in islice(feed.batches(size), max(1, samples // size)):
+                for name, (value, _) in running.totals(batch).items():
+                    total[name] = total.get(name, 0.0) + float(torch.as_tensor(value).double().sum())
+            sums.append(total)
+        return all(math.isclose(sums[0][name], sums[1][name], rel_tol=SIZE_TOLERANCE) for name in sums[0])
+
+    def readings(self, points: NDArray[np.float64]) -> list[dict[str, float]]:
+        """Values of the columns at ``points`` on a few samples, for a comparison between ranks.
+
+        Without those in percent: of a few samples one decision more or less is a lot. Nothing at a point that fails:
+        the evaluation will tell of it.
+        """
+        running, batches = self._on_sample(self._network, self._precision, SAMPLE[0])
+        graded = [column.name for column in self.columns if column.unit != "%"]
+        found: list[dict[str, float]] = []
+        with running:
+            for point in points:
+                try:
+                    (reading,) = read(running, point[None], batches, {}, self._seed)
+                except Exception:
+                    found.append({})
+                else:
+                    found.append({name: reading.values[name] for name in graded})
+        return found
+
+    @property
+    def _circumstances(self) -> Circumstances:
+        return Circumstances(self._device, self._precision, self._statistics is not None)
+
+    def _on_sample(self, network: Network, precision: Precision, size: int) -> tuple[Running, Batches]:
+        batches = [(feed.name, feed.sample(size, precision.sums)) for feed in self._feeds]
+        recomputation = None
+        if self._statistics is not None:
+            few = self._statistics.sampled_batches(size, precision.sums)
+            recomputation = Recomputation(lambda: few)
+        running = Running(
+            network,
+            self._objective,
+            device=self._device,
+            precision=precision,
+            recomputation=recomputation,
+        )
+        return running, batches
+
+    def _put_to_work(self, network: Network) -> None:
+        self._take_from_work()
+        recomputation, statistics = None, self._statistics
+        if statistics is not None:
+            recomputation = Recomputation(lambda: statistics.batches(DEFAULT_BATCH))
+        running = Running(
+            network,
+            self._objective,
+            device=self._device,
+            precision=self._precision,
+            recomputation=recomputation,
+            stop=self._stop,
+        )
+        self._network, self._running = network, running.__enter__()
+
+    def _take_from_work(self) -> None:
+        if self._running is not None:
+            self._running.__exit__(None, None, None)
+            self._running = None
+
+    @contextmanager
+    def _ready(self) -> Iterator[Running]:
+        assert self._running is not None, "use the evaluator in a with block"
+        with self._running.ready():
+            yield self._running
+
+    # -- values -------------------------------------------------------------------------------------------
 
     def _probe(self) -> None:
         """Learn the columns from each split's first batch, and say readably what does not fit."""
         units = getattr(self._objective, "units", {})
         columns = []
-        self._moving.move_to([0.0] * self._dimension)
-        for split, batches in self._splits:
+        origin = np.zeros((1, self._plain.subspace.dimension))
+        running, _ = self._on_sample(self._plain, self._precision, SAMPLE[0])
+        for feed in self._feeds:
+            split, batch = feed.name, next(iter(feed.batches(self.recipe.batch_size)))
             try:
-                with self._ready():
+                with running, running.ready():
+                    running.move_to(origin)
                     # A copy: should the model write to its inputs, the user's data is still whole when we refuse.
-                    first = map_tree(torch.Tensor.clone, batches[0])
+                    first = map_tree(torch.Tensor.clone, batch)
                     versions = [tensor._version for tensor in tensors_of(first)]
-                    torch.manual_seed(self._seed)
-                    totals = self._objective(self._moving.model, first)
-                    self._moving.move_to([0.0] * self._dimension)
-                    torch.manual_seed(self._seed)
-                    again = self._objective(self._moving.model, first)
+                    random_state = self._seeded()
+                    totals = running.totals(first)
+                    self.draws_random_numbers |= not torch.equal(random_state, self._random_state())
+                    running.move_to(origin)
+                    self._seeded()
+                    again = running.totals(first)
                     if versions != [tensor._version for tensor in tensors_of(first)]:
                         raise InputError(f"{_WRITES}; have its forward work on a copy (x = x.clone())")
-                    if isinstance(self._objective, Supervised):
-                        for batch in batches if self._objective.has_users_loss else []:
-                            self._objective.check(self._moving.model, batch)
+                    if isinstance(self._objective, Supervised) and self._objective.has_users_loss:
+                        for each in feed.batches(self.recipe.batch_size):
+                            self._objective.check(running.model, each)
                 names = _names(totals)
                 for name in names:
                     for part, what in zip(totals[name], ("sum", "count"), strict=True):
@@ -111,13 +308,13 @@ class ModelEvaluator:
                     values = [float(each[name][0]) for each in (totals, again)]
                     self.is_repeatable &= values[0] == values[1] or all(map(math.isnan, values))
             except InputError as error:
-                raise InputError(f"{_batch_in_words(split, batches[0])}: {error}") from error
+                raise InputError(f"{_batch_in_words(split, batch)}: {error}") from error
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [""])[0]
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 raise InputError(
-                    f"{_batch_in_words(split, batches[0])} does not pass through the model "
-                    f"{type(self._moving.model).__name__} and the objective: {type(error).__name__}: {reason} "
+                    f"{_batch_in_words(split, batch)} does not pass through the model "
+                    f"{type(self._model).__name__} and the objective: {type(error).__name__}: {reason} "
                     f"({place.name}, line {place.lineno} of {place.filename})"
                 ) from error
             self._names.append(names)
@@ -130,42 +327,51 @@ class ModelEvaluator:
                 )
         self.columns = tuple(columns)
 
+    def _seeded(self) -> torch.Tensor:
+        """Set the random state; returns what it then is."""
+        torch.manual_seed(self._seed)
+        return self._random_state()
+
+    def _random_state(self) -> torch.Tensor:
+        return (
+            torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
+        )
+
     def __call__(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
         """Values ``(P, C)`` at coordinates ``(P, D)``. Raises `Stopped` between batches if told to stop."""
-        with self._ready():
-            return np.array([self._evaluate(point) for point in coordinates]).reshape(-1, len(self.columns))
+        size = self.points_per_pass
+        groups = [coordinates[start : start + size] for start in range(0, len(coordinates), size)]
+        with self._ready() as running:
+            values = [self._evaluate(running, group) for group in groups]
+        return np.concatenate(values) if values else np.empty((0, len(self.columns)))
 
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.no_grad(), _strict_float32(), torch.random.fork_rng(devices=devices):
-            yield
-
-    def _evaluate(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
-        self._moving.move_to([float(c) for c in coordinates])
+    def _evaluate(self, running: Running, group: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values ``(P, C)`` of points that one pass evaluates."""
+        running.move_to(group)
         torch.manual_seed(self._seed)
         sums: list[Any] = []
         counts: list[Any] = []
-        for (_, batches), names in zip(self._splits, self._names, strict=True):
+        for feed, names in zip(self._feeds, self._names, strict=True):
             totals = []
-            for batch in batches:
+            for batch in feed.batches(self.recipe.batch_size):
                 if self._stop():
                     raise Stopped
-                totals.append(self._objective(self._moving.model, batch))
+                totals.append(running.totals(batch))
             for name in names:
                 sums.append(_total([total[name][0] for total in totals], self._device))
                 counts.append(_total([total[name][1] for total in totals], self._device))
-        if self._versions != [tensor._version for tensor in self._tensors]:
+        if any(not feed.is_intact for feed in self._feeds):
             raise RuntimeError(f"{_WRITES}: all later values would be wrong")
         fetched = torch.stack(sums + counts).cpu().numpy()  # the only synchronization with the device
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(fetched[: len(sums)] / fetched[len(sums) :])
+            values = fetched[: len(sums)] / fetched[len(sums) :]
+        return np.asarray(values.reshape(len(sums), -1).T[: len(group)])
 
 
 def _total(parts: list[Any], device: torch.device) -> torch.Tensor:
-    """Float64 sum, on the device, of numbers or 0-d tensors, in their order."""
+    """Float64 sum, on the device, of numbers or tensors of one element (or one a point), in their order."""
     if isinstance(parts[0], torch.Tensor):
-        return torch.stack([part.detach().to(device, torch.float64).reshape(()) for part in parts]).sum()
+        return torch.stack([part.detach().to(device, torch.float64).squeeze() for part in parts]).sum(0)
     return torch.tensor(float(sum(parts)), dtype=torch.float64, device=device)
 
 
@@ -195,15 +401,8 @@ def _batch_in_words(split: str, batch: Any) -> str:
     return f"a batch of {split or 'the'} data, {describe(batch)}"
 
 
-@contextmanager
-def _strict_float32() -> Iterator[None]:
-    """No TF32 and no choice of algorithm by timing, which would let digits differ between ranks."""
-    cudnn = torch.backends.cudnn
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = False, False, True
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before[1:]
+def _fetch(totals: Mapping[str, tuple[Any, Any]]) -> None:
+    """Wait until the totals are there."""
+    for total, _ in totals.values():
+        if isinstance(total, torch.Tensor):
+            total.cpu()

@@ -1,71 +1,145 @@
-"""A model whose weights follow coordinates: θ(c) = θ0 + Σ c_k d_k, always from the stored θ0."""
+"""Tensors that follow coordinates, θ(c) = θ0 + Σ c_k d_k, always from the stored θ0; and a model that uses them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from distsurf.errors import InputError
-from distsurf.subspace.weights import Layout, Subspace, Tensors
-
-_BORROWED = "_distsurf_is_borrowed"
+from distsurf.subspace.weights import Layout, Subspace
 
 
-class MovingModel:
-    """Borrows a model for the time of a ``with`` block, in evaluation mode, on a device and in a precision.
+class FlatTensors:
+    """Named tensors as views into one flat vector, and as a model sees them: perhaps rounded to a shorter type.
 
-    The model's own storage is never written: parameters and buffers point to memory of ours meanwhile, and back to
-    their own afterwards, whatever happened in between. ``buffers`` are the values that the model's buffers have at
-    every point; what a forward pass does to them is undone before the next point.
+    ``values`` are the tensors in ``dtype``, to be written in place; ``publish`` then rounds them all in one operation.
+    ``seen`` are the tensors for the model: those named in ``unrounded`` are the values themselves.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        subspace: Subspace,
-        buffers: Mapping[str, NDArray[Any] | torch.Tensor],
+        layout: Layout,
         *,
         device: torch.device,
         dtype: torch.dtype,
+        seen_as: torch.dtype | None = None,
+        unrounded: Collection[str] = (),
     ):
-        self.model = model
-        tensors = Tensors.of(model)
-        if Layout.of(tensors.parameters) != subspace.layout or list(tensors.buffers) != list(buffers):
-            raise InputError(
-                f"the model {type(model).__name__} has other parameters or buffers than the one that the directions "
-                "were made for (on rank 0): every rank must build the same model"
-            )
-        self._center = torch.from_numpy(subspace.center).to(device, dtype)
-        self._directions = [torch.from_numpy(d).to(device, dtype) for d in subspace.directions]
-        self._theta = self._center.clone()
-        self._parameters = list(tensors.parameters.values())
-        self._views = subspace.layout.torch_views(self._theta)
-        self._buffers = [
-            _BufferGroup(group, [_as_tensor(buffers[name]) for name in names], device, dtype)
-            for names, group in _by_dtype(tensors.buffers)
-        ]
-        self._restore: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.flat = torch.zeros(layout.size, dtype=dtype, device=device)
+        self.values = dict(zip(layout.names, layout.torch_views(self.flat), strict=True))
+        self.seen = dict(self.values)
+        self.layout = layout
+        self._rounded: Tensor | None = None
+        if seen_as is not None and seen_as != dtype:
+            self._rounded = torch.zeros(layout.size, dtype=seen_as, device=device)
+            views = zip(layout.names, layout.torch_views(self._rounded), strict=True)
+            self.seen.update((name, view) for name, view in views if name not in unrounded)
+
+    @property
+    def flat_seen(self) -> Tensor:
+        """The vector with all that is rounded, or the values' own where nothing is."""
+        return self.flat if self._rounded is None else self._rounded
+
+    def publish(self) -> None:
+        """Bring what was written to the values to what the model sees."""
+        if self._rounded is not None:
+            self._rounded.copy_(self.flat)
+
+
+class MovingTensors:
+    """The tensors of a subspace at given coordinates, and fixed ones, which are restored at every point.
+
+    ``values`` and ``seen`` are views by name, as in `FlatTensors`; their memory stays the same for good.
+    """
+
+    def __init__(
+        self,
+        subspace: Subspace,
+        fixed: Mapping[str, NDArray[Any] | Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        seen_as: torch.dtype | None = None,
+        unrounded: Collection[str] = (),
+    ):
+        # As they are: on the CPU this is the memory that all ranks of a node share.
+        self._center = torch.from_numpy(subspace.center).to(device)
+        self._directions = [torch.from_numpy(d).to(device) for d in subspace.directions]
+        self.moving = FlatTensors(
+            subspace.layout, device=device, dtype=dtype, seen_as=seen_as, unrounded=unrounded
+        )
+        self._fixed = []
+        self.values = dict(self.moving.values)
+        self.seen = dict(self.moving.seen)
+        for target, names in _by_dtype(fixed, dtype, seen_as or dtype, unrounded).items():
+            group = _Fixed({name: fixed[name] for name in names}, target, device)
+            self._fixed.append(group)
+            self.values.update(group.views)
+            self.seen.update(group.views)
+
+    @torch.no_grad()
+    def move_to(self, coordinates: Sequence[float]) -> None:
+        """Set the moving tensors to θ0 + Σ c_k d_k and the fixed ones to their stored values."""
+        theta, source = self.moving.flat, self._center
+        if source.dtype != theta.dtype:
+            source = theta.copy_(source)
+        for coordinate, direction in zip(coordinates, self._directions, strict=True):
+            if direction.dtype != theta.dtype:
+                theta.copy_(source).add_(direction, alpha=float(coordinate))  # in the dtype of theta
+            else:
+                torch.add(source, direction, alpha=float(coordinate), out=theta)
+            source = theta
+        self.moving.publish()
+        for group in self._fixed:
+            group.flat.copy_(group.stored)
+
+
+class _Fixed:
+    """Tensors of one dtype as views into one flat tensor, so that one copy restores them all."""
+
+    def __init__(
+        self, tensors: Mapping[str, NDArray[Any] | Tensor], dtype: torch.dtype, device: torch.device
+    ):
+        values = {name: _as_tensor(value) for name, value in tensors.items()}
+        layout = Layout.of(values)
+        self.stored = torch.zeros(layout.size, dtype=dtype, device=device)
+        for view, value in zip(layout.torch_views(self.stored), values.values(), strict=True):
+            view.copy_(value)
+        self.flat = self.stored.clone()
+        self.views = dict(zip(layout.names, layout.torch_views(self.flat), strict=True))
+
+
+class Borrowed:
+    """A module in evaluation mode whose tensors are others' memory for the time of a ``with`` block.
+
+    The module's own storage is never written: parameters and buffers point to the given tensors meanwhile, and back to
+    their own afterwards, whatever happened in between. Tensors without a name there stay as they are.
+    """
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]):
+        self._module = module
+        self._bound = []
+        known = set()
+        for name, own in _all_tensors(module):
+            if (
+                name in tensors and id(own) not in known
+            ):  # a tied tensor has several names, perhaps only one known
+                known.add(id(own))
+                self._bound.append((own, tensors[name]))
+        self._restore: list[tuple[Tensor, Tensor]] = []
         self._training: list[tuple[nn.Module, bool]] = []
 
-    def __enter__(self) -> MovingModel:
-        if getattr(self.model, _BORROWED, False):
-            raise InputError(
-                "this model is already being evaluated (in another thread?); give each call its own copy"
-            )
-        setattr(self.model, _BORROWED, True)
-        self._training = [(module, module.training) for module in self.model.modules()]
-        borrowed = self._parameters + [buffer for group in self._buffers for buffer in group.buffers]
-        views = self._views + [view for group in self._buffers for view in group.views]
-        self._restore = [(tensor, tensor.data) for tensor in borrowed]
-        for tensor, view in zip(borrowed, views, strict=True):
-            tensor.data = view
-        self.model.eval()
+    def __enter__(self) -> Borrowed:
+        self._training = [(module, module.training) for module in self._module.modules()]
+        self._restore = [(own, own.data) for own, _ in self._bound]
+        for own, other in self._bound:
+            own.data = other
+        self._module.eval()
         return self
 
     def __exit__(
@@ -75,47 +149,29 @@ class MovingModel:
             tensor.data = own
         for module, training in self._training:
             module.training = training
-        delattr(self.model, _BORROWED)
-
-    @torch.no_grad()
-    def move_to(self, coordinates: Sequence[float]) -> None:
-        """Set the weights to θ0 + Σ c_k d_k and the buffers to their stored values."""
-        source = self._center
-        for coordinate, direction in zip(coordinates, self._directions, strict=True):
-            torch.add(source, direction, alpha=float(coordinate), out=self._theta)
-            source = self._theta
-        for group in self._buffers:
-            group.flat.copy_(group.stored)
 
 
-class _BufferGroup:
-    """Buffers of one dtype as views into one flat tensor, so that one copy restores them all."""
-
-    def __init__(
-        self,
-        buffers: list[torch.Tensor],
-        values: list[torch.Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        own = buffers[0].dtype
-        layout = Layout(tuple(map(str, range(len(buffers)))), tuple(tuple(b.shape) for b in buffers))
-        self.buffers = buffers
-        self.stored = torch.zeros(layout.size, dtype=dtype if own.is_floating_point else own, device=device)
-        for view, value in zip(layout.torch_views(self.stored), values, strict=True):
-            view.copy_(value)
-        self.flat = self.stored.clone()
-        self.views = layout.torch_views(self.flat)
+def _all_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
 
 
-def _by_dtype(buffers: Mapping[str, torch.Tensor]) -> list[tuple[list[str], list[torch.Tensor]]]:
-    groups: dict[torch.dtype, tuple[list[str], list[torch.Tensor]]] = {}
-    for name, buffer in buffers.items():
-        names, tensors = groups.setdefault(buffer.dtype, ([], []))
-        names.append(name)
-        tensors.append(buffer)
-    return list(groups.values())
+def _by_dtype(
+    fixed: Mapping[str, NDArray[Any] | Tensor],
+    dtype: torch.dtype,
+    seen_as: torch.dtype,
+    unrounded: Collection[str],
+) -> dict[torch.dtype, list[str]]:
+    groups: dict[torch.dtype, list[str]] = {}
+    for name, value in fixed.items():
+        own = _as_tensor(value).dtype
+        if own.is_floating_point:
+            own = dtype if name in unrounded else seen_as
+        groups.setdefault(own, []).append(name)
+    return groups
 
 
-def _as_tensor(value: NDArray[Any] | torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(value)) if not isinstance(value, torch.Tensor) else value
+def _as_tensor(value: NDArray[Any] | Tensor) -> Tensor:
+    return torch.from_numpy(np.asarray(value)) if not isinstance(value, Tensor) else value

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from distsurf.errors import InputError
 
@@ -26,10 +27,15 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each named tensor lies in a flat vector of ``size`` elements (padding between tensors is zero)."""
+    """Where each named tensor lies in a flat vector of ``size`` elements (padding between tensors is zero).
+
+    With ``channels_last`` the memory of tensors of dimension 4 is in the order of dimensions 0, 2, 3, 1: torch's
+    memory format of that name, which convolutions read fastest.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    channels_last: bool = False
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Layout:
@@ -60,16 +66,24 @@ class Layout:
     def views(self, vector: NDArray[Any]) -> list[NDArray[Any]]:
         """The tensors as views into a flat vector ``(size,)``."""
         return [
-            vector[offset : offset + math.prod(shape)].reshape(shape)
+            vector[offset : offset + math.prod(shape)].reshape(order).transpose(axes)
             for offset, shape in zip(self.offsets, self.shapes, strict=True)
+            for order, axes in [self._in_memory(shape)]
         ]
 
     def torch_views(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """The tensors as views into a flat torch vector ``(size,)``."""
         return [
-            vector[offset : offset + math.prod(shape)].view(shape)
+            vector[offset : offset + math.prod(shape)].view(order).permute(axes)
             for offset, shape in zip(self.offsets, self.shapes, strict=True)
+            for order, axes in [self._in_memory(shape)]
         ]
+
+    def _in_memory(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A tensor's shape as it lies in memory, and the permutation that leads from there to ``shape``."""
+        if self.channels_last and len(shape) == 4:
+            return (shape[0], *shape[2:], shape[1]), (0, 3, 1, 2)
+        return shape, tuple(range(len(shape)))
 
     def flatten(self, tensors: Sequence[torch.Tensor], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Copy tensors into a new flat vector ``(size,)``."""
@@ -83,16 +97,33 @@ def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
+def batch_norm_statistics(model: nn.Module) -> list[str]:
+    """Names of the running means and variances of a model's batch-norm layers."""
+    names = {id(buffer): name for name, buffer in model.named_buffers()}
+    return [
+        names[id(buffer)]
+        for module in model.modules()
+        if isinstance(module, _NormBase)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None and id(buffer) in names
+    ]
+
+
 @dataclass(frozen=True)
 class Tensors:
-    """A model's own state: parameters (each once, tied ones too) and buffers."""
+    """A model's own state: what moves with the coordinates (each tensor once, tied ones too), and what does not."""
 
-    parameters: dict[str, nn.Parameter]
-    buffers: dict[str, torch.Tensor]
+    moving: dict[str, torch.Tensor]
+    """The parameters; then, if they are interpolated, the batch-norm statistics."""
+    fixed: dict[str, torch.Tensor]
+    """The other buffers."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Tensors:
-        """The parameters and buffers of a model. Raises InputError where they cannot span a surface."""
+    def of(cls, model: nn.Module, *, interpolated: bool = False) -> Tensors:
+        """The tensors of a model. Raises InputError where its parameters cannot span a surface.
+
+        ``interpolated``: batch-norm statistics are part of the directions (the ``states`` of Li et al.'s code).
+        """
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -105,7 +136,11 @@ class Tensors:
                 )
         if not parameters:
             raise InputError("the model has no parameters, so there is no weight space to look at")
-        return cls(parameters, dict(model.named_buffers()))
+        buffers = dict(model.named_buffers())
+        statistics = (
+            {name: buffers.pop(name) for name in batch_norm_statistics(model)} if interpolated else {}
+        )
+        return cls({**parameters, **statistics}, buffers)
 
 
 @dataclass(frozen=True)
@@ -113,12 +148,13 @@ class Subspace:
     """θ(c) = θ0 + Σ c_k d_k: a centre and one direction per axis, flat vectors of one layout.
 
     ``center`` ``(size,)`` float32 or float64; ``directions`` each ``(size,)`` float32: a direction *is* float32
-    numbers, so that the plane is the same plane whatever the precision of the evaluation.
+    numbers, so that the plane is the same plane whatever the precision of the evaluation. (What the fast path
+    derives from them is float64 where the centre is.)
     """
 
     layout: Layout
     center: NDArray[Any]
-    directions: tuple[NDArray[np.float32], ...]
+    directions: tuple[NDArray[Any], ...]
 
     @property
     def dimension(self) -> int:

@@ -26,12 +26,12 @@ POINTS = np.array([[0.0, 0.0], [1.0, -0.5], [-0.3, 0.7]])
 
 def _subspace(model: nn.Module, axes: int = 2) -> tuple[Subspace, dict[str, torch.Tensor]]:
     tensors = Tensors.of(model)
-    layout = Layout.of(tensors.parameters)
-    center = layout.flatten(list(tensors.parameters.values()), np.dtype(np.float32))
+    layout = Layout.of(tensors.moving)
+    center = layout.flatten(list(tensors.moving.values()), np.dtype(np.float32))
     directions = tuple(
         normalize(random_direction(layout, 0, axis), center, layout, ignore="none") for axis in range(axes)
     )
-    return Subspace(layout, center, directions), {n: b.clone() for n, b in tensors.buffers.items()}
+    return Subspace(layout, center, directions), {n: b.clone() for n, b in tensors.fixed.items()}
 
 
 @contextmanager

@@ -1,0 +1,122 @@
+"""One way of evaluating points for all ranks and for good: found by rank 0, or taken from the file, checked by all."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distsurf.distribute.ranks import Ranks
+from distsurf.job import Job
+from distsurf.objective.evaluator import ModelEvaluator
+from distsurf.objective.fast.trace import Refused
+from distsurf.objective.fast.verify import sampled_points
+from distsurf.objective.precision import PRECISIONS
+from distsurf.objective.recipe import DEFAULT_BATCH, Recipe
+from distsurf.output import recorded
+
+ALIKE = {True: 0.05, False: 1e-3}
+"""Relative difference of values that ranks may have at the sampled points, in a reduced precision and otherwise: ranks
+on other hardware round otherwise, but a step that is wrong there differs by more."""
+
+
+def agree_on_recipe(
+    ranks: Ranks,
+    job: Job,
+    evaluator: ModelEvaluator,
+    out: Path | None,
+    fresh: bool,
+    say: Callable[[str], None],
+) -> Recipe:
+    """Have every rank's evaluator use the same steps of the fast path and the same batch size.
+
+    A file that is continued decides both, as far as its steps still hold here; ``data.batch_size`` decides the size.
+    Otherwise rank 0 goes through the steps and all ranks measure the batch size at once, as they will compute.
+    """
+    grid = job.grid.grid()
+    points = sampled_points(grid)
+    before: Recipe | None = None
+    recipe = Recipe(batch_size=job.data.batch_size or DEFAULT_BATCH)
+    passes = 0.0
+    with ranks.together():
+        if ranks.rank == 0:
+            before, missing = recorded(out, fresh)
+            passes = (grid.size if missing is None else missing) / ranks.size
+            if before is not None:
+                recipe = replace(recipe, batch_size=job.data.batch_size or before.batch_size)
+                evaluator.recipe = recipe
+            if job.run.fast and passes > 0:
+                recipe = evaluator.choose(points, grid.size, None if before is None else before.steps)
+            _tell(recipe, before, say)
+    recipe, passes, is_new = ranks.broadcast((recipe, passes, before is None))
+    if passes > 0 and recipe.steps:
+        recipe = _on_every_rank(ranks, job, evaluator, recipe, points, say)
+    evaluator.recipe = recipe
+    if job.data.batch_size == 0 and is_new:
+        with ranks.together():
+            size = evaluator.tune(passes)
+        recipe = evaluator.recipe = replace(recipe, batch_size=ranks.broadcast(size))
+    return recipe
+
+
+def _tell(recipe: Recipe, before: Recipe | None, say: Callable[[str], None]) -> None:
+    for name, reason in recipe.dropped.items():
+        say(f"fast path without {name}: {reason}")
+    if recipe.steps:
+        say(f"fast path: {', '.join(recipe.steps)}, verified at the origin and the corners of the grid")
+    if before is not None and before.steps != recipe.steps:
+        lost = ", ".join(name for name in before.steps if name not in recipe.steps)
+        say(
+            f"note: the file was begun with {lost or 'fewer steps'}, which the rest is evaluated without; "
+            "last digits may differ"
+        )
+
+
+def _on_every_rank(
+    ranks: Ranks,
+    job: Job,
+    evaluator: ModelEvaluator,
+    recipe: Recipe,
+    points: NDArray[np.float64],
+    say: Callable[[str], None],
+) -> Recipe:
+    """Have the other ranks use rank 0's steps; none does where one of them cannot, or gets other values."""
+    if ranks.size == 1:
+        return recipe
+    trouble, expected = "", None
+    with ranks.together():
+        if ranks.rank == 0:
+            expected = evaluator.readings(points)
+    expected = ranks.broadcast(expected)
+    with ranks.together():
+        if ranks.rank > 0:
+            try:
+                evaluator.use(recipe)
+                tolerance = ALIKE[PRECISIONS[job.run.precision].is_reduced]
+                trouble = _difference(evaluator.readings(points), expected, tolerance)
+            except Refused as refusal:
+                trouble = str(refusal)
+    answers = ranks.gather(f"{socket.gethostname()}: {trouble}" if trouble else "")
+    for rank, answer in enumerate(answers):
+        if answer:
+            say(f"no fast path: rank {rank} on {answer}")
+            recipe = Recipe(batch_size=recipe.batch_size, dropped=dict.fromkeys(recipe.steps, answer))
+            with ranks.together():
+                evaluator.use(recipe)
+            break
+    return recipe
+
+
+def _difference(mine: list[dict[str, float]], rank_0: list[dict[str, float]], tolerance: float) -> str:
+    for values, others in zip(mine, rank_0, strict=True):
+        for name in values.keys() & others.keys():
+            value, other = values[name], others[name]
+            alike = math.isclose(value, other, rel_tol=tolerance, abs_tol=1e-12)
+            if not alike and repr(value) != repr(other):
+                return f"{name} is {value:.7g} and not {other:.7g} as on rank 0"
+    return ""

@@ -1,0 +1,93 @@
+"""The steps of the fast path, in their order. Each turns a network into a faster one, or says why it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from distsurf.objective.fast.fold import fold
+from distsurf.objective.fast.fuse import fuse
+from distsurf.objective.fast.trace import NotApplicable
+from distsurf.objective.network import Network
+from distsurf.objective.precision import Precision
+from distsurf.subspace.weights import Layout, Subspace
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a step needs to know beside the network."""
+
+    device: torch.device
+    precision: Precision
+    recomputed: bool
+    """Whether batch-norm statistics are computed anew at every point."""
+
+
+Step = Callable[[Network, Circumstances], Network]
+"""Raises `NotApplicable` where there is nothing to do, and `Refused` with the reason where it cannot be done."""
+
+
+def _fold(network: Network, at: Circumstances) -> Network:
+    return fold(network, recomputed=at.recomputed)
+
+
+def _channels_last(network: Network, at: Circumstances) -> Network:
+    """Weights and images in torch's memory format of that name, which convolutions read fastest."""
+    is_conv = any(isinstance(layer, nn.Conv2d) for layer in network.module.modules())
+    # On GPUs it is the tensor cores that ask for it.
+    if not is_conv or (at.device.type == "cuda" and not at.precision.is_reduced):
+        raise NotApplicable
+    folding = network.folding
+    if folding is not None:
+        folding = replace(folding, layout=replace(folding.layout, channels_last=True))
+    return replace(network, subspace=_in_channels_last(network.subspace), folding=folding, channels_last=True)
+
+
+def _many(network: Network, at: Circumstances) -> Network:
+    if at.device.type != "cuda" or at.recomputed:
+        raise NotApplicable
+    return replace(network, points_per_pass=POINTS_PER_PASS)
+
+
+def _fuse(network: Network, at: Circumstances) -> Network:
+    if network.points_per_pass > 1:
+        raise NotApplicable  # the fused kernels know nothing of several sets of weights
+    return fuse(network, at.device, at.precision.compute)
+
+
+def _graph(network: Network, at: Circumstances) -> Network:
+    if at.device.type != "cuda":
+        raise NotApplicable
+    return replace(network, is_captured=True)
+
+
+POINTS_PER_PASS = 8
+STEPS: dict[str, Step] = {
+    "fold": _fold,
+    "channels_last": _channels_last,
+    "many": _many,
+    "fuse": _fuse,
+    "graph": _graph,
+}
+"""``fold``: batch norm into the layer before it. ``channels_last``: memory format of weights and images. ``many``:
+several points per pass. ``fuse``: convolution, addition and ReLU in one kernel. ``graph``: CUDA graphs."""
+
+
+def _in_channels_last(subspace: Subspace) -> Subspace:
+    layout = replace(subspace.layout, channels_last=True)
+    center, *directions = (
+        _rearranged(vector, subspace.layout, layout) for vector in (subspace.center, *subspace.directions)
+    )
+    return Subspace(layout, center, tuple(directions))
+
+
+def _rearranged(vector: NDArray[np.generic], old: Layout, new: Layout) -> NDArray[np.generic]:
+    result = np.zeros(new.size, vector.dtype)
+    for target, source in zip(new.views(result), old.views(vector), strict=True):
+        target[...] = source
+    return result
