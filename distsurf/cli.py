@@ -34,6 +34,8 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf status surface.h5     what is in a surface file, finished or not
   distsurf plot surface.h5       draw it
   distsurf check surface.h5      is the file sound and complete?
+  distsurf plan my.toml --ranks 64   how long it will take, and what memory
+  distsurf bench my.toml         how fast it is beside other ways and the machine
 
 `distsurf VERB --help` lists a verb's options. A job file names a model, data
 and a grid (a job file can name Python code: run only those you trust):
@@ -113,13 +115,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     run = verb("run", _run, "Evaluate a job's surface, or continue it; in one process or under mpirun.")
     run.add_argument("job", nargs="?", type=Path, metavar="JOB.toml", help="without it: the built-in example")
     run.add_argument("--out", metavar="FILE.h5", help="the surface file (default: runs/NAME/surface.h5)")
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override a value of the job, for example grid.x=-1:1:21; may be repeated",
-    )
+    _add_set(run)
     run.add_argument(
         "--fresh", action="store_true", help="start anew; an existing file is kept under another name"
     )
@@ -155,6 +151,43 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     check.add_argument("file", type=Path, metavar="FILE.h5")
 
+    bench = verb(
+        "bench",
+        _bench,
+        "Measure a job's speed beside the textbook's loop, the best plain loop, and the machine's limits.",
+    )
+    bench.add_argument(
+        "job",
+        nargs="?",
+        metavar="JOB.toml",
+        help="or resnet56 (default), vgg9, resnet20 on images of CIFAR's shape",
+    )
+    _add_set(bench)
+    bench.add_argument("--precision", default="fp32", help="of distsurf, one or several: fp32,bf16")
+    bench.add_argument("--samples", type=int, default=2000, help="images, for the built-in networks (2000)")
+    bench.add_argument("--rounds", type=int, default=5, help="points that each way evaluates (5)")
+    bench.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
+
+    plan = verb(
+        "plan", _plan, "Predict a job's time, memory and a good number of shards, by measuring a few points."
+    )
+    plan.add_argument(
+        "job", nargs="?", type=Path, metavar="JOB.toml", help="without it: the built-in example"
+    )
+    _add_set(plan)
+    plan.add_argument("--ranks", type=int, default=1, help="how many there will be (1)")
+    plan.add_argument(
+        "--ranks-per-node",
+        type=int,
+        default=0,
+        help="default: one per GPU, or per core where there is no GPU",
+    )
+    plan.add_argument(
+        "--threads", type=int, default=0, help="CPU threads per rank (default: cores / ranks per node)"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
     if not arguments:
         parser.print_help()
         raise SystemExit(0)
@@ -162,6 +195,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if not arguments[0].startswith("-") and arguments[0] not in known:
         raise InputError(f"no verb {arguments[0]!r}; {nearest(arguments[0], known)}")
     return parser.parse_args(arguments)
+
+
+def _add_set(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a value of the job, for example grid.x=-1:1:21; may be repeated",
+    )
 
 
 # -- run --------------------------------------------------------------------------------------------------
@@ -325,4 +368,48 @@ def _check(options: argparse.Namespace) -> int:
         failed = surface.count(Status.FAILED)
         print(f"{surface.count(Status.PENDING):,} pending, {failed:,} failed: run the job again to continue")
         return Incomplete.exit_code
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import json
+
+    from distsurf.bench import compare
+
+    if options.rounds < 1 or options.samples < 1:
+        raise InputError("--rounds and --samples: expected 1 or more")
+    if options.job is None or options.job in compare.NETWORKS:
+        job = compare.built_in(options.job or compare.NETWORKS[0], options.samples, options.set)
+    else:
+        job = compare.with_weights(_job(Path(options.job), options.set))
+    precisions = compare.parse_precisions(options.precision)
+    result = compare.bench(
+        job, precisions, options.rounds, options.threads, lambda line: print(line, file=sys.stderr)
+    )
+    print("\n".join(compare.table(result)))
+    if options.json is not None:
+        from distsurf.files import replacing
+
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+
+    from distsurf.bench.compare import with_weights
+    from distsurf.bench.plan import plan
+
+    if options.ranks < 1:
+        raise InputError("--ranks: expected 1 or more")
+    job = _job(options.job, options.set)
+    measured = with_weights(job)
+    forecast = plan(measured, options.ranks, options.ranks_per_node, options.threads)
+    if options.json:
+        print(json.dumps(forecast.told()))
+        return 0
+    print("\n".join(forecast.lines()))
+    if measured is not job:
+        print(f"not counted: the training that makes {job.model.checkpoint}")
     return 0

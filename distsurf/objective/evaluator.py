@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,8 @@ _BORROWED = "_distsurf_is_borrowed"
 _WRITES = "the model or objective changes its input data in place"
 SAMPLE = 8, 64
 """Least and most samples of each split on which steps of the fast path are verified."""
+TIMED = 256
+"""Samples in a timing of a batch size, at least."""
 SIZE_TOLERANCE = 1e-3
 """Relative difference of sums that batches of another size may make; where samples of a batch act on each other (batch
 statistics in evaluation), it is larger."""
@@ -89,6 +92,8 @@ class ModelEvaluator:
         """How points are evaluated now."""
         self.is_repeatable = True
         """Whether the first batches gave the same values twice; if not, values depend on what was done before."""
+        self.seconds_of_moving = 0.0
+        """How long it took to set the weights of the last pass."""
         self.draws_random_numbers = False
         """Whether the model or objective draws random numbers, so that values depend on the batch size."""
 
@@ -179,7 +184,7 @@ class ModelEvaluator:
             running.move_to(np.zeros((1, self._plain.subspace.dimension)))
             once = self._seconds(running, feed, start)
             budget = min(0.01 * passes * once * sum(f.samples for f in self._feeds), 10.0)
-            if budget < 10 * once * start:
+            if budget < 10 * once * TIMED:
                 return self.recipe.batch_size
             best = tune_batch_size(
                 lambda size: self._seconds(running, feed, size), start, feed.samples, budget
@@ -189,13 +194,15 @@ class ModelEvaluator:
         return best
 
     def _seconds(self, running: Running, feed: Feed, size: int) -> float:
-        """Seconds per sample, the least of three batches."""
+        """Seconds per sample, the least of three passes over a few hundred samples."""
         found = []
-        batch = next(iter(feed.batches(size)))
+        batches = list(islice(feed.batches(size), max(1, TIMED // size)))
+        samples = sum(len(tensors_of(batch)[0]) for batch in batches)
         for _ in range(4):
             start = time.perf_counter()
-            _fetch(running.totals(batch))
-            found.append((time.perf_counter() - start) / len(tensors_of(batch)[0]))
+            for batch in batches:
+                _fetch(running.totals(batch))
+            found.append((time.perf_counter() - start) / samples)
         return min(found[1:])
 
     def _agree(self, running: Running, feed: Feed, one: int, other: int) -> bool:
@@ -231,7 +238,32 @@ class ModelEvaluator:
 
     @property
     def _circumstances(self) -> Circumstances:
-        return Circumstances(self._device, self._precision, self._statistics is not None)
+        return Circumstances(
+            self._device,
+            self._precision,
+            recomputed=self._statistics is not None,
+            pixels=max(feed.pixels for feed in self._feeds),
+        )
+
+    def cost_per_sample(
+        self,
+        flop: Callable[[Callable[[], object]], float],
+        traffic: Callable[[Callable[[], object]], float],
+    ) -> dict[str, float]:
+        """What a pass over all splits costs per sample, by these counters: ``flop`` of the plain network, and bytes of
+        ``traffic`` of the one in use.
+        """
+        samples = sum(feed.samples for feed in self._feeds)
+        found = {"flop": 0.0, "traffic": 0.0}
+        for feed in self._feeds:
+            batch = next(iter(feed.batches(self.recipe.batch_size)))
+            share = feed.samples / samples / len(tensors_of(batch)[0])
+            for name, network, counter in (("flop", self._plain, flop), ("traffic", self._network, traffic)):
+                running, _ = self._on_sample(network, self._precision, SAMPLE[0])
+                with running, running.ready(), torch.inference_mode(False), torch.no_grad():
+                    running.move_to(np.zeros((1, self._plain.subspace.dimension)))
+                    found[name] += share * counter(partial(running.totals, batch))
+        return found
 
     def _on_sample(self, network: Network, precision: Precision, size: int) -> tuple[Running, Batches]:
         batches = [(feed.name, feed.sample(size, precision.sums)) for feed in self._feeds]
@@ -347,7 +379,9 @@ class ModelEvaluator:
 
     def _evaluate(self, running: Running, group: NDArray[np.float64]) -> NDArray[np.float64]:
         """Values ``(P, C)`` of points that one pass evaluates."""
+        start = time.perf_counter()
         running.move_to(group)
+        self.seconds_of_moving = time.perf_counter() - start
         torch.manual_seed(self._seed)
         sums: list[Any] = []
         counts: list[Any] = []

@@ -49,6 +49,12 @@ class Feed:
         """Whether nobody has written to the data."""
         return self._versions == [tensor._version for tensor in self._tensors]
 
+    @property
+    def pixels(self) -> int:
+        """Height times width of the largest images; 0 if there are none."""
+        shapes = [t.shape for t in self._tensors if t.ndim == 4]
+        return max((shape[2] * shape[3] for shape in shapes), default=0)
+
     def batches(self, size: int) -> Iterator[Any]:
         """All batches, in order, on the device."""
         batches = self._split.batches(size)

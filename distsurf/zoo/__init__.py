@@ -11,7 +11,7 @@ from torch import nn
 
 from distsurf.errors import InputError
 from distsurf.names import nearest
-from distsurf.zoo import digits, resnet, vision
+from distsurf.zoo import digits, resnet, vgg, vision
 from distsurf.zoo.train import accuracy, train
 
 __all__ = ["DATA", "MODELS", "accuracy", "data", "model", "train"]
@@ -33,7 +33,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     f"resnet{depth}{suffix}": _resnet(depth, shortcuts)
     for depth in (8, 14, 20, 32, 44, 56, 110)
     for suffix, shortcuts in (("", True), ("-noshort", False))
-}
+} | {"vgg9": vgg.VGG9}
 DATA: dict[str, Callable[..., Data]] = {
     "digits": digits.digits,
     "cifar10": vision.cifar10,

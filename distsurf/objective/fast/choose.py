@@ -18,8 +18,8 @@ from distsurf.objective.network import Network, Running
 from distsurf.objective.precision import PRECISIONS, Precision
 
 ONLY_IF_FASTER = frozenset({"many"})
-"""Steps that pay on some networks only, and are timed. The others do on every network that they apply to: that is not
-measured each time, so that the same job gives the same digits each time."""
+"""Steps that are timed, since no rule says on which networks they pay. The others know from the job whether they do,
+so that the same job gives the same digits each time."""
 Put = Callable[[Network, Precision], tuple[Running, Batches]]
 """Puts a network to work in a precision, and the sample with it."""
 

@@ -72,7 +72,8 @@ def fuse(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
         raise NotApplicable
     kernel = _kernel(device, dtype)
     graph = trace(network.module)
-    count = _fuse_additions(graph, kernel) + _fuse_activations(graph, kernel)
+    # In this order, so that the first layer's result is known as a convolution's when it comes to overwriting it.
+    count = _fuse_activations(graph, kernel) + _fuse_additions(graph, kernel)
     if not count:
         raise NotApplicable
     graph.recompile()

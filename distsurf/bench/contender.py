@@ -1,0 +1,305 @@
+"""A process that evaluates points of a job in one of several ways, when it is told to, and says how long each took.
+
+    python -m distsurf.bench.contender WAY JOB.toml THREADS NODE_RANK
+
+It reads coordinates as JSON from standard input, one point a line, and answers with one line of JSON each; the first
+line that it writes is about itself. `Contender` is the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from distsurf import assemble
+from distsurf.bench.count import flop, traffic
+from distsurf.bench.machine import matrix_rate, memory_bandwidth
+from distsurf.distribute.placement import Placement, place
+from distsurf.distribute.ranks import Ranks
+from distsurf.errors import DistsurfError, InputError
+from distsurf.job import Job
+from distsurf.objective.data import Split, map_tree
+from distsurf.objective.evaluator import ModelEvaluator
+from distsurf.objective.fast.verify import sampled_points
+from distsurf.objective.precision import PRECISIONS, arithmetic
+from distsurf.objective.recipe import DEFAULT_BATCH
+from distsurf.run import Prepared, prepare
+
+MARK = "distsurf-bench:"
+"""What stands before our lines: a user's code may print lines of its own."""
+TEXTBOOK_BATCH, TEXTBOOK_WORKERS = 128, 2
+Answer = dict[str, Any]
+
+
+class Contender:
+    """A contender's process, from outside. Raises InputError with what it said if it fails."""
+
+    def __init__(self, way: str, job: Path, threads: int = 0, node_rank: int = 0):
+        self.way = way
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "distsurf.bench.contender", way, str(job), str(threads), str(node_rank)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._started = time.monotonic()
+
+    def ready(self) -> Answer:
+        """What it says of itself; returns when it is ready for points."""
+        about = self._answer()
+        about["setup_s"] = time.monotonic() - self._started
+        return about
+
+    def tell(self, point: list[float]) -> None:
+        """Have it evaluate a point."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(point) + "\n")
+        self._process.stdin.flush()
+
+    def told(self) -> Answer:
+        """Its answer, once the point is done."""
+        answer = self._answer()
+        answer["seconds"] /= answer.get("points", 1)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> Answer:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                return dict(json.loads(line.removeprefix(MARK)))
+        _, said = self._process.communicate()
+        last = (said.strip().splitlines() or ["nothing"])[-1]
+        raise InputError(f"measuring {self.way} failed: {last}")
+
+
+# -- inside the process -----------------------------------------------------------------------------------
+
+
+class _Way:
+    """One way to evaluate points; a context manager."""
+
+    about: Answer
+
+    def __enter__(self) -> _Way:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def evaluate(self, point: list[float]) -> Answer:
+        """Evaluate a point; returns what is to be said beside the time it took."""
+        raise NotImplementedError
+
+
+class _Machine(_Way):
+    """No points at all, but the machine's rates."""
+
+    def __init__(self, job: Job, placement: Placement):
+        self._device, self._precision = placement.device, PRECISIONS[job.run.precision]
+        name = (
+            torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else _cpu_name()
+        )
+        self.about = {"device": name, "threads": placement.threads, "torch": torch.__version__}
+
+    def evaluate(self, point: list[float]) -> Answer:
+        return {
+            "flop_per_s": matrix_rate(self._device, self._precision),
+            "bytes_per_s": memory_bandwidth(self._device),
+        }
+
+
+class _Loop(_Way):
+    """What the two plain loops share: the model in evaluation mode, its weights set tensor by tensor."""
+
+    def __init__(self, job: Job, placement: Placement):
+        if job.objective.batch_norm != "frozen":
+            raise InputError("the plain loops of the bench know frozen batch norm only")
+        self.model, prepared = _prepared(job, placement)
+        self.model.to(placement.device).eval()
+        self.device = placement.device
+        self.objective = assemble.build_objective(job, None)
+        self.splits = prepared.splits
+        layout = prepared.subspace.layout
+        self._weights = [
+            [view.to(placement.device) for view in layout.torch_views(torch.from_numpy(vector))]
+            for vector in (prepared.subspace.center, *prepared.subspace.directions)
+        ]
+        self.about = {"samples": sum(split.samples for split in self.splits)}
+
+    def place_weights(self, point: list[float]) -> None:
+        center, *directions = self._weights
+        for i, parameter in enumerate(self.model.parameters()):
+            parameter.data = center[i] + sum(
+                c * direction[i] for c, direction in zip(point, directions, strict=True)
+            )
+
+
+class _Textbook(_Loop):
+    """A DataLoader with its workers, one pass per point, every batch's numbers fetched as they come."""
+
+    def evaluate(self, point: list[float]) -> Answer:
+        self.place_weights(point)
+        values: dict[str, float] = {}
+        with torch.no_grad():
+            for split in self.splits:
+                sums: dict[str, float] = {}
+                counts: dict[str, float] = {}
+                for batch in self._batches(split):
+                    placed = map_tree(lambda tensor: tensor.to(self.device), batch)
+                    for name, (total, count) in self.objective(self.model, placed).items():
+                        sums[name] = sums.get(name, 0.0) + float(total)
+                        counts[name] = counts.get(name, 0.0) + float(count)
+                values |= {f"{split.name}_{name}".lstrip("_"): sums[name] / counts[name] for name in sums}
+        return {"values": values}
+
+    def _batches(self, split: Split) -> Iterable[Any]:
+        if not split.whole or not isinstance(split.pieces[0], tuple):
+            return split.pieces
+        data = TensorDataset(*split.pieces[0])
+        return DataLoader(data, batch_size=TEXTBOOK_BATCH, num_workers=TEXTBOOK_WORKERS)
+
+
+class _Plain(_Loop):
+    """The best loop that plain torch gives: data in memory on the device, no gradients, one fetch per point."""
+
+    def __init__(self, job: Job, placement: Placement):
+        super().__init__(job, placement)
+        size = job.data.batch_size or DEFAULT_BATCH
+        self._batches = [
+            (split.name, split.map(lambda tensor: tensor.to(placement.device)).batches(size))
+            for split in self.splits
+        ]
+
+    def evaluate(self, point: list[float]) -> Answer:
+        self.place_weights(point)
+        found: dict[str, torch.Tensor] = {}
+        with torch.inference_mode(), arithmetic(PRECISIONS["fp32"]):
+            for name, batches in self._batches:
+                totals = [self.objective(self.model, batch) for batch in batches]
+                for key in totals[0]:
+                    total, count = (sum(each[key][part] for each in totals) for part in (0, 1))
+                    found[f"{name}_{key}".lstrip("_")] = total / count
+        return {"values": {name: float(value) for name, value in found.items()}}
+
+
+class _Distsurf(_Way):
+    """distsurf itself."""
+
+    def __init__(self, job: Job, placement: Placement):
+        model, prepared = _prepared(job, placement)
+        self._evaluator = ModelEvaluator(
+            model,
+            prepared.subspace,
+            prepared.buffers,
+            prepared.splits,
+            assemble.build_objective(job, None),
+            batch_size=job.data.batch_size or DEFAULT_BATCH,
+            device=placement.device,
+            precision=job.run.precision,
+            seed=job.run.seed,
+            statistics=prepared.statistics,
+        )
+        self._job = job
+        self.about = {"samples": sum(split.samples for split in prepared.splits)}
+
+    def __enter__(self) -> _Distsurf:
+        evaluator, job = self._evaluator.__enter__(), self._job
+        grid = job.grid.grid()
+        if job.run.fast:
+            evaluator.choose(sampled_points(grid), grid.size)
+        if job.data.batch_size == 0:
+            evaluator.recipe = replace(evaluator.recipe, batch_size=evaluator.tune(grid.size))
+        self.about |= {**evaluator.recipe.told(), **evaluator.cost_per_sample(flop, traffic)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._evaluator.__exit__(None, None, None)
+
+    def evaluate(self, point: list[float]) -> Answer:
+        count = self._evaluator.points_per_pass
+        values = self._evaluator(np.array([point] * count))[0]
+        return {
+            "points": count,
+            "values": {c.name: float(v) for c, v in zip(self._evaluator.columns, values, strict=True)},
+            "moving_s": self._evaluator.seconds_of_moving,
+        }
+
+
+_WAYS: dict[str, Callable[[Job, Placement], _Way]] = {
+    "textbook": _Textbook,
+    "plain": _Plain,
+    "distsurf": _Distsurf,
+    "machine": _Machine,
+}
+
+
+def _prepared(job: Job, placement: Placement) -> tuple[nn.Module, Prepared]:
+    model = assemble.build_model(job, None)
+    return model, prepare(job, model, None, placement, lambda line: None)
+
+
+def _say(answer: Answer) -> None:
+    print(f"{MARK}{json.dumps(answer)}", flush=True)
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process ever had, on its GPU if it used one."""
+    if torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main(arguments: list[str]) -> int:
+    """Run a contender."""
+    way, path, threads, node_rank = arguments
+    try:
+        job = Job.load(Path(path))
+        alone = Ranks()
+        alone.node_rank = int(node_rank)  # which chooses its GPU
+        placement = place(alone, job.run.device, int(threads))
+        # The settings for malloc are part of what distsurf does; the others have a process as Python gives it.
+        placement.apply() if way == "distsurf" else torch.set_num_threads(placement.threads)
+        with _WAYS[way](job, placement) as contender:
+            _say(contender.about)
+            for line in sys.stdin:
+                point = json.loads(line)
+                start = time.perf_counter()
+                answer = contender.evaluate(point)
+                _say({"seconds": time.perf_counter() - start, "peak_bytes": _peak_bytes(), **answer})
+    except DistsurfError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
