@@ -171,7 +171,7 @@ class Running:
         """Mean of the batches' means and of their unbiased variances, weighted by samples, summed in float64.
 
         As Garipov et al. 2018 and torch's ``update_bn`` do, each layer sees inputs that were normalized with the
-        statistics of their own batch.
+        statistics of their own batch; a layer that is called several times in a pass gets the mean of its calls.
         """
         layers = [
             m for m in self._learner.modules() if isinstance(m, _NormBase) and m.running_mean is not None
@@ -181,10 +181,14 @@ class Running:
         samples = 0
         try:
             for layer in layers:
-                layer.training, layer.momentum = True, 1.0  # 1: a batch leaves just its own statistics behind
+                # None: the mean over the calls since the count was zero. Layers that do not count forget all others.
+                layer.training, layer.momentum = True, None if layer.num_batches_tracked is not None else 1.0
             for batch in wish.batches():
                 if self._stop():
                     raise Stopped
+                for layer in layers:
+                    if layer.num_batches_tracked is not None:
+                        layer.num_batches_tracked.zero_()
                 with torch.inference_mode(False), torch.no_grad():  # the learner may be the user's own module
                     self._objective(self._learner, batch)
                 count = len(tensors_of(batch)[0])

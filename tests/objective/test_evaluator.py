@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from distsurf.errors import InputError
@@ -17,51 +16,17 @@ from distsurf.evaluator import Stopped
 from distsurf.objective.data import as_splits
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.losses import Supervised, Term
-from distsurf.subspace import Layout, Subspace, Tensors, normalize, random_direction
+from distsurf.subspace import Subspace
 from tests.cases import CASES, SAMPLES, Case
-
-CPU = torch.device("cpu")
-POINTS = np.array([[0.0, 0.0], [1.0, -0.5], [-0.3, 0.7]])
-
-
-def _subspace(model: nn.Module, axes: int = 2) -> tuple[Subspace, dict[str, torch.Tensor]]:
-    tensors = Tensors.of(model)
-    layout = Layout.of(tensors.moving)
-    center = layout.flatten(list(tensors.moving.values()), np.dtype(np.float32))
-    directions = tuple(
-        normalize(random_direction(layout, 0, axis), center, layout, ignore="none") for axis in range(axes)
-    )
-    return Subspace(layout, center, directions), {n: b.clone() for n, b in tensors.fixed.items()}
+from tests.objective.planes import CPU, POINTS, plane, truth
 
 
 @contextmanager
 def _evaluator(model: nn.Module, data: Any, objective: Any, **options: Any) -> Iterator[ModelEvaluator]:
-    subspace, buffers = _subspace(model)
+    subspace, buffers = plane(model)
     settings = {"batch_size": SAMPLES, "device": CPU, **options}
     with ModelEvaluator(model, subspace, buffers, as_splits(data), objective, **settings) as evaluator:
         yield evaluator
-
-
-def _plainly(case: Case, points: np.ndarray) -> list[float]:
-    """The same by a plain loop: a fresh copy of the model per point, its weights set tensor by tensor."""
-    subspace, _ = _subspace(case.make()[0])
-    losses = []
-    for point in points:
-        moved, data = case.make()
-        moved.eval()
-        with torch.no_grad():
-            for k, parameter in enumerate(moved.parameters()):
-                for c, direction in zip(point, subspace.directions, strict=True):
-                    parameter += c * torch.from_numpy(subspace.layout.views(direction)[k].copy())
-            torch.manual_seed(0)
-            batch = (data["features"], data["labels"]) if isinstance(data, dict) else data
-            outputs = moved(*batch[:-1])
-            outputs = outputs["logits"] if isinstance(outputs, dict) else outputs
-            if case.loss == "mse":
-                losses.append(float(((outputs[:, 0] - batch[-1]) ** 2).mean()))
-            else:
-                losses.append(float(F.cross_entropy(outputs, batch[-1])))
-    return losses
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -70,7 +35,9 @@ def test_awkward_models_against_a_plain_loop(case: Case) -> None:
     with _evaluator(model, data, Supervised([Term.named(case.loss, {}, "loss")])) as evaluator:
         values = evaluator(POINTS)
         again = evaluator(POINTS[::-1])[::-1]
-    np.testing.assert_allclose(values[:, 0], _plainly(case, POINTS), rtol=2e-6)
+    # In float32 like the evaluator: a model that draws random numbers draws others in float64.
+    expected = truth(case, plane(model)[0], POINTS, dtype=torch.float32)
+    np.testing.assert_allclose(values[:, 0], expected, rtol=2e-6)
     np.testing.assert_array_equal(values, again)  # in any order, bit for bit
 
 
@@ -132,7 +99,7 @@ def test_sums_are_float64() -> None:
     model = nn.Linear(1, 1)
     nn.init.zeros_(model.weight)
     nn.init.constant_(model.bias, 0.1)
-    subspace, buffers = _subspace(model)
+    subspace, buffers = plane(model)
     data = (torch.zeros(2_000_000, 1), torch.zeros(2_000_000))
     still = Subspace(subspace.layout, subspace.center, tuple(0 * d for d in subspace.directions))
     with ModelEvaluator(

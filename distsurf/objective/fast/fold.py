@@ -63,10 +63,10 @@ class Folding:
     layout: Layout
 
 
-def fold(network: Network, *, recomputed: bool) -> Network:
+def fold(network: Network, *, recomputed: bool, dtype: type[np.floating] = np.float32) -> Network:
     """The network with its batch norms folded: a `fast.steps` step.
 
-    ``recomputed``: the statistics change at every point. Raises NotApplicable and Refused.
+    ``recomputed``: the statistics change at every point. ``dtype``: of a folded plane. Raises NotApplicable and Refused.
     """
     if not any(type(m) in _FOLDS_INTO.values() for m in network.module.modules()):
         raise NotApplicable
@@ -81,7 +81,7 @@ def fold(network: Network, *, recomputed: bool) -> Network:
         floating = {name: t for name, t in _named(graph, known).values() if t.is_floating_point()}
         folding = Folding(network.module, pairs, Layout.of(floating))
         return replace(network, module=graph, folding=folding, is_traced=True)
-    subspace = _fold_plane(network.subspace, network.fixed, pairs)
+    subspace = _fold_plane(network.subspace, network.fixed, pairs, dtype)
     fixed = {name: value for name, value in network.fixed.items() if all(name not in p.norm for p in pairs)}
     return replace(network, module=graph, subspace=subspace, fixed=fixed, is_traced=True)
 
@@ -163,12 +163,15 @@ def _any_moves(subspace: Subspace, names: Collection[str]) -> bool:
 # -- once, in float64 -------------------------------------------------------------------------------------
 
 
-def _fold_plane(subspace: Subspace, fixed: Mapping[str, Any], pairs: tuple[Pair, ...]) -> Subspace:
+def _fold_plane(
+    subspace: Subspace, fixed: Mapping[str, Any], pairs: tuple[Pair, ...], dtype: type[np.floating]
+) -> Subspace:
     """The plane of the folded tensors. Statistics and γ are those of the centre."""
     center = dict(zip(subspace.layout.names, subspace.layout.views(subspace.center), strict=True))
     values = {**{name: np.asarray(value) for name, value in fixed.items()}, **center}
     by_weight = {pair.weight: pair for pair in pairs}
-    gone = {name for pair in pairs for name in pair.norm} | {pair.folded_bias for pair in pairs}
+    biases = {pair.folded_bias for pair in pairs}
+    gone = {name for pair in pairs for name in pair.norm} | biases
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in zip(subspace.layout.names, subspace.layout.shapes, strict=True):
         if name not in gone:
@@ -180,7 +183,6 @@ def _fold_plane(subspace: Subspace, fixed: Mapping[str, Any], pairs: tuple[Pair,
         pair.weight: _value(values, pair.scale, 1.0) / np.sqrt(_value(values, pair.variance) + pair.eps)
         for pair in pairs
     }
-    dtype = subspace.center.dtype
 
     def folded(vector: NDArray[Any], is_direction: bool) -> NDArray[Any]:
         own = dict(zip(subspace.layout.names, subspace.layout.views(vector), strict=True))
@@ -193,7 +195,7 @@ def _fold_plane(subspace: Subspace, fixed: Mapping[str, Any], pairs: tuple[Pair,
                 view[...] = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
                 bias = _value(own, pair.bias, 0.0) - (0.0 if is_direction else _value(values, pair.mean))
                 views[pair.folded_bias][...] = _value(own, pair.shift, 0.0) + scale * bias
-            elif name in own:
+            elif name not in biases:
                 view[...] = own[name]
         return result
 

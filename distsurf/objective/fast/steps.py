@@ -35,7 +35,8 @@ Step = Callable[[Network, Circumstances], Network]
 
 
 def _fold(network: Network, at: Circumstances) -> Network:
-    return fold(network, recomputed=at.recomputed)
+    dtype = np.float64 if at.precision.sums == torch.float64 else np.float32
+    return fold(network, recomputed=at.recomputed, dtype=dtype)
 
 
 def _channels_last(network: Network, at: Circumstances) -> Network:
