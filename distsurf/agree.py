@@ -65,8 +65,9 @@ def agree_on_recipe(
 
 
 def _tell(recipe: Recipe, before: Recipe | None, say: Callable[[str], None]) -> None:
-    for name, reason in recipe.dropped.items():
-        say(f"fast path without {name}: {reason}")
+    for reason in dict.fromkeys(recipe.dropped.values()):
+        names = ", ".join(name for name, why in recipe.dropped.items() if why == reason)
+        say(f"fast path without {names}: {reason}")
     if recipe.steps:
         say(f"fast path: {', '.join(recipe.steps)}, verified at the origin and the corners of the grid")
     if before is not None and before.steps != recipe.steps:

@@ -35,7 +35,7 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf plot surface.h5       draw it
   distsurf check surface.h5      is the file sound and complete?
   distsurf plan my.toml --ranks 64   how long it will take, and what memory
-  distsurf bench my.toml         how fast it is beside other ways and the machine
+  distsurf bench my.toml         how fast it is beside other ways to do it
 
 `distsurf VERB --help` lists a verb's options. A job file names a model, data
 and a grid (a job file can name Python code: run only those you trust):
@@ -334,6 +334,7 @@ def _plot(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from distsurf.surface import Surface
+    from distsurf.view.points import imprecision
 
     surface = Surface.load(options.file)
     facts = surface.facts
@@ -345,6 +346,12 @@ def _status(options: argparse.Namespace) -> int:
             f"{key} {facts[key]}" for key in ("created", "placement", "distsurf", "torch") if key in facts
         ]
         print("; ".join(told))
+        if "evaluation" in facts:
+            how = facts["evaluation"]
+            steps = ", ".join(how["steps"]) or "plain"
+            print(f"evaluated in {how['precision']}, {steps}, batches of {how['batch_size']}")
+        for note in filter(None, (imprecision(surface, column) for column in surface.columns)):
+            print(note)
         cosines = ", ".join(f"{pair} {value:.4f}" for pair, value in facts.get("cosines", {}).items())
         if cosines:
             print(f"cosine between directions: {cosines}")
@@ -381,6 +388,9 @@ def _bench(options: argparse.Namespace) -> int:
     if options.job is None or options.job in compare.NETWORKS:
         job = compare.built_in(options.job or compare.NETWORKS[0], options.samples, options.set)
     else:
+        if not Path(options.job).exists():
+            names = ", ".join(compare.NETWORKS)
+            raise InputError(f"{options.job!r} is no job file, and no built-in network ({names})")
         job = compare.with_weights(_job(Path(options.job), options.set))
     precisions = compare.parse_precisions(options.precision)
     result = compare.bench(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,11 @@ from torch.utils.data import TensorDataset
 
 import distsurf
 import distsurf.surface
+from distsurf.errors import InputError
 from distsurf.subspace import Layout, normalize, random_direction
 from distsurf.surface import Status
 from tests.cases import CASES, Case
+from tests.conftest import Processes
 
 GRIDS = [
     {"x": "-1:2:7"},
@@ -166,7 +170,8 @@ def test_stop_and_resume_gives_the_same_bits(
     trained: tuple[nn.Module, torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
     model, x, y = trained
-    options: dict[str, Any] = {"x": "-1:1:5", "y": "-1:1:5", "progress": "none"}
+    # Plainly: with the hook below nothing else is possible, and without it something faster is.
+    options: dict[str, Any] = {"x": "-1:1:5", "y": "-1:1:5", "plain": True, "progress": "none"}
     whole = distsurf.evaluate(model, (x, y), **options)
     calls = []
 
@@ -390,3 +395,155 @@ def test_state_that_cannot_be_undone_is_warned_of() -> None:
     data = (torch.zeros(4, 3), torch.zeros(4))
     with pytest.warns(UserWarning, match="two values for the same weights"):
         distsurf.evaluate(nn.Linear(3, 2), data, objective=drifting, x="0:1:2", progress="none")
+
+
+# -- the fast path through the whole job ------------------------------------------------------------------
+
+
+def _pictures() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    model, data = next(case for case in CASES if case.name == "residual").make()
+    return model, data
+
+
+def test_fast_path_is_recorded_and_changes_nothing_that_is_published() -> None:
+    model, data = _pictures()
+    settings: dict[str, Any] = {"x": "-1:1:5", "y": "-1:1:5", "batch_size": 10, "progress": "none"}
+    fast = distsurf.evaluate(model, data, **settings)
+    plain = distsurf.evaluate(model, data, plain=True, **settings)
+    assert fast.facts["evaluation"]["steps"] == ["fold", "channels_last", "fuse"]
+    assert plain.facts["evaluation"]["steps"] == []
+    assert plain.facts["evaluation"]["errors"] == []
+    assert fast.fingerprint == plain.fingerprint
+    np.testing.assert_allclose(fast["loss"], plain["loss"], rtol=1e-5)
+    np.testing.assert_array_equal(fast["accuracy"], plain["accuracy"])
+    at = [error["at"] for error in fast.facts["evaluation"]["errors"]]
+    assert at == [[0, 0], [-1, -1], [-1, 1], [1, -1], [1, 1]]
+
+
+@pytest.mark.parametrize("mode", ["interpolated", "recomputed"])
+def test_batch_norm_statistics_that_move(mode: str, tmp_path: Path) -> None:
+    """At the origin interpolated statistics are the stored ones, recomputed ones those of the training data."""
+    model, (x, y) = _pictures()
+    settings: dict[str, Any] = {
+        "x": "-0.5:0.5:3",
+        "ignore": "none",
+        "progress": "none",
+        "out": tmp_path / "s.h5",
+    }
+    data = {"train": (x, y), "test": (x[:5], y[:5])}
+    surface = distsurf.evaluate(model, data, batch_norm=mode, **settings)
+    assert surface.facts["evaluation"]["steps"] == ["fold", "channels_last", "fuse"]
+    mine = copy.deepcopy(model).double()
+    if mode == "recomputed":
+        torch.optim.swa_utils.update_bn([[x.double()]], mine)
+    with torch.no_grad():
+        expected = float(F.cross_entropy(mine.eval()(x[:5].double()), y[:5]))
+    assert surface["test_loss"][1] == pytest.approx(expected, rel=1e-5)
+    frozen = distsurf.evaluate(model, data, **{**settings, "out": None})
+    assert not np.allclose(frozen["test_loss"][0], surface["test_loss"][0], rtol=1e-3)
+    # The file is another job's if the statistics come from other data, or are frozen.
+    with pytest.raises(InputError, match="batch_norm"):
+        distsurf.evaluate(model, data, **settings)
+
+
+def test_batch_norm_modes_that_cannot_be() -> None:
+    model = nn.Linear(3, 2)
+    data = (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(
+        InputError, match="'recomputed': the model Linear has no batch norm with running statistics"
+    ):
+        distsurf.evaluate(model, data, batch_norm="recomputed", x="0:1:2", progress="none")
+    model, (x, y) = _pictures()
+    with pytest.raises(InputError, match="the split called 'train'; the data has a, b"):
+        distsurf.evaluate(
+            model, {"a": (x, y), "b": (x, y)}, batch_norm="recomputed", x="0:1:2", progress="none"
+        )
+
+
+def test_reduced_precision_is_another_surface_with_its_error(tmp_path: Path) -> None:
+    model, data = _pictures()
+    settings: dict[str, Any] = {"x": "-1:1:3", "y": "-1:1:3", "progress": "none", "out": tmp_path / "s.h5"}
+    surface = distsurf.evaluate(model, data, precision="bf16", **settings)
+    exact = distsurf.evaluate(model, data, precision="fp64", **{**settings, "out": None})
+    corner = next(e for e in surface.facts["evaluation"]["errors"] if e["at"] == [1, -1])["values"]["loss"]
+    assert corner[0] == pytest.approx(exact["loss"][0, 2], rel=0.2)  # of a sample of the data
+    assert 1e-6 < abs(corner[1] / corner[0] - 1) < 0.2
+    np.testing.assert_allclose(surface["loss"], exact["loss"], rtol=0.2)
+    with pytest.raises(InputError, match="precision \\(file bf16, this job fp32\\)"):
+        distsurf.evaluate(model, data, **settings)
+    with pytest.raises(InputError, match="'tf32' needs an NVIDIA GPU"):
+        distsurf.evaluate(model, data, precision="tf32", x="0:1:2", progress="none")
+
+
+def test_a_file_is_continued_with_the_steps_it_was_begun_with(tmp_path: Path) -> None:
+    model, data = _pictures()
+    settings: dict[str, Any] = {"x": "-1:1:4", "out": tmp_path / "s.h5", "progress": "none"}
+    for plain, steps in ((True, []), (False, ["fold", "channels_last", "fuse"])):
+        begun = distsurf.evaluate(model, data, plain=plain, fresh=True, **settings)
+        assert begun.facts["evaluation"]["steps"] == steps
+        with h5py.File(tmp_path / "s.h5", "r+") as h5:
+            h5["status"][1] = Status.PENDING
+            h5["loss"][1] = np.nan
+        continued = distsurf.evaluate(model, data, **settings)
+        assert continued["loss"].tobytes() == begun["loss"].tobytes()
+        assert continued.facts["evaluation"] == begun.facts["evaluation"]
+
+
+def test_a_complete_file_costs_no_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = _pictures()
+    settings: dict[str, Any] = {"x": "-1:1:4", "out": tmp_path / "s.h5", "progress": "none"}
+    first = distsurf.evaluate(model, data, **settings)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("nothing is to be evaluated")
+
+    monkeypatch.setattr("distsurf.objective.evaluator.choose", never)
+    again = distsurf.evaluate(model, data, **settings)
+    assert again["loss"].tobytes() == first["loss"].tobytes()
+
+
+MEMORY = """
+import torch
+from torch import nn
+import numpy as np
+from distsurf.objective.data import as_splits
+from distsurf.objective.evaluator import ModelEvaluator
+from distsurf.objective.losses import Supervised, Term
+from distsurf.subspace import Layout, Subspace
+
+# One layer of 2^24 weights: 64 MiB in float32.
+model = nn.Linear(1 << 12, 1 << 12, bias=False)
+layout = Layout.of(dict(model.named_parameters()))
+vectors = [np.ones(layout.size, np.float32) for _ in range(3)]
+data = torch.randn(512, 1 << 12), torch.randint(4, (512,))
+
+def memory(which):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(which)]
+    return int(line.split()[1]) * 1024 / (64 << 20)
+
+torch.randn(64, 1 << 12) @ model.weight.detach().T  # the libraries' own workspaces
+torch.randn(64, 1 << 12).double() @ model.weight.detach()[:64].double().T
+before = memory("VmRSS")
+with ModelEvaluator(
+    model, Subspace(layout, vectors[0], tuple(vectors[1:])), {}, as_splits(data),
+    Supervised([Term.named("cross_entropy", {})]), device=torch.device("cpu"),
+) as evaluator:
+    evaluator(np.zeros((2, 2)))
+    print(memory("VmRSS") - before)
+    evaluator.choose(np.zeros((1, 2)), 1)
+    evaluator(np.zeros((2, 2)))
+    print(memory("VmHWM") - before)
+"""
+
+
+def test_memory_is_one_copy_of_the_weights(tmp_path: Path, processes: Processes) -> None:
+    """In units of the weights: θ itself while evaluating, since centre and directions stay where all ranks share them.
+
+    For a moment verification adds a second θ and one in float64 (two units), which the libraries copy once more.
+    """
+    (tmp_path / "memory.py").write_text(MEMORY)
+    ended = processes.python("memory.py")
+    assert ended.code == 0, ended.err
+    evaluating, peak = map(float, ended.out.split())
+    assert 0.9 < evaluating < 1.5
+    assert peak < 6.0

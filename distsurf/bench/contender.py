@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from distsurf import assemble
+from distsurf.agree import agree_on_recipe
 from distsurf.bench.count import flop, traffic
 from distsurf.bench.machine import matrix_rate, memory_bandwidth
 from distsurf.distribute.placement import Placement, place
@@ -34,7 +34,6 @@ from distsurf.errors import DistsurfError, InputError
 from distsurf.job import Job
 from distsurf.objective.data import Split, map_tree
 from distsurf.objective.evaluator import ModelEvaluator
-from distsurf.objective.fast.verify import sampled_points
 from distsurf.objective.precision import PRECISIONS, arithmetic
 from distsurf.objective.recipe import DEFAULT_BATCH
 from distsurf.run import Prepared, prepare
@@ -223,13 +222,9 @@ class _Distsurf(_Way):
         self.about = {"samples": sum(split.samples for split in prepared.splits)}
 
     def __enter__(self) -> _Distsurf:
-        evaluator, job = self._evaluator.__enter__(), self._job
-        grid = job.grid.grid()
-        if job.run.fast:
-            evaluator.choose(sampled_points(grid), grid.size)
-        if job.data.batch_size == 0:
-            evaluator.recipe = replace(evaluator.recipe, batch_size=evaluator.tune(grid.size))
-        self.about |= {**evaluator.recipe.told(), **evaluator.cost_per_sample(flop, traffic)}
+        evaluator = self._evaluator.__enter__()
+        recipe = agree_on_recipe(Ranks(), self._job, evaluator, None, False, lambda line: None)
+        self.about |= {**recipe.told(), **evaluator.cost_per_sample(flop, traffic)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -266,6 +261,12 @@ def _peak_bytes() -> int:
     """Most memory that this process ever had, on its GPU if it used one."""
     if torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(
+        OSError
+    ):  # not getrusage: on Linux that begins with what the parent had at the fork
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 
 LEAST, MOST = 8, 8192
-GAIN = 1.02
-"""A batch of another size has to be so many times faster to be worth a change: less is noise."""
+STEP, GAIN = 1.02, 1.1
+"""So many times faster has each step of the climb to be, and the end of it: what gains less, and may gain nothing the
+next time, is not worth other last digits."""
 
 
 def tune_batch_size(
@@ -24,6 +25,7 @@ def tune_batch_size(
     """
     end = clock() + budget
     best, best_seconds = start, seconds_per_sample(start)
+    first_seconds = best_seconds
     for factor in (2.0, 0.5):
         size = int(start * factor)
         while LEAST <= size <= MOST and size < 2 * samples and clock() < end:
@@ -31,10 +33,10 @@ def tune_batch_size(
                 seconds = seconds_per_sample(size)
             except RuntimeError:
                 break
-            if seconds * GAIN > best_seconds:
+            if seconds * STEP > best_seconds:
                 break
             best, best_seconds = size, seconds
             size = int(size * factor)
         if best > start:
             break  # the larger ones are faster: the smaller ones need no measuring
-    return best
+    return best if best_seconds * GAIN < first_seconds else start

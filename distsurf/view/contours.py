@@ -19,7 +19,7 @@ from distsurf.grid import Axis
 from distsurf.surface.surface import Surface
 from distsurf.view import style
 from distsurf.view.labels import label_lines
-from distsurf.view.points import Points, axes_of, best, edges, fill, is_share, pick, progress, span
+from distsurf.view.points import Points, axes_of, best, edges, fill, is_share, pick, remarks, span
 from distsurf.view.scale import Scale, choose, number
 
 Floats = NDArray[np.float64]
@@ -60,7 +60,7 @@ def contour(
         axes.set(xlabel=style.direction(0), ylabel=style.direction(1))
         optimum = best(surface, shown, points)
         handles = _marks(axes, surface, optimum) + _holes(axes, x, y, points)
-        style.heading(figure, axes, title, progress(surface))
+        style.heading(figure, axes, title, remarks(surface, [shown], scale.log))
         style.caption(figure, handles)
         if points.finite.any():
             # Inset: as high as the axes whatever the aspect ratio makes of them.
@@ -120,7 +120,7 @@ def slices(
                 handles[str(handle.get_label())] = handle
         for axes in panels.flat[len(chosen) :]:
             axes.set_visible(False)
-        style.top(figure, title, progress(surface))
+        style.top(figure, title, remarks(surface, [shown], scale.log))
         if points.finite.any():
             where = {"ax": panels, "aspect": 30, "fraction": 0.05, "pad": 0.02}
             style.colour_bar(figure, scale, colours, style.quantity(shown), **where)

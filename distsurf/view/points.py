@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from distsurf.errors import InputError
 from distsurf.grid import Axis
 from distsurf.surface.surface import Column, Status, Surface
 
+VISIBLE = 0.01
+"""Share of the range from which on an error of the precision is mentioned."""
 SPLITS = ("train", "test", "val", "valid", "validation")
 
 
@@ -120,6 +122,37 @@ def progress(surface: Surface) -> str:
     if counts[Status.FAILED]:
         text += f", {counts[Status.FAILED]:,} failed"
     return text
+
+
+def imprecision(surface: Surface, column: Column, log: bool = False) -> str:
+    """By how much of the range the precision of the evaluation is off, where that can be seen; "" where it cannot.
+
+    The range is that of the drawn quantity, the error the largest at the sampled points that the file tells of.
+    """
+    try:
+        told = surface.facts["evaluation"]
+        precision = str(told["precision"])
+        pairs = np.array([error["values"][column.name] for error in told["errors"]], float).reshape(-1, 2)
+    except (KeyError, TypeError, ValueError):  # an old file, or a stranger's
+        return ""
+    values = surface[column.name]
+    if log:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            pairs, values = np.log(pairs), np.log(values)
+    pairs, values = pairs[np.isfinite(pairs).all(axis=1)], values[np.isfinite(values)]
+    if not (len(pairs) and values.size):
+        return ""
+    worst, length = float(np.abs(pairs[:, 1] - pairs[:, 0]).max()), float(np.ptp(values))
+    if not worst > VISIBLE * length:
+        return ""
+    share = f"up to {worst / length:.1%} of the range" if length > 0 else "more than its range"
+    return f"{precision}: {column.name} is off by {share}"
+
+
+def remarks(surface: Surface, columns: Iterable[Column], log: bool = False) -> str:
+    """What a reader of a picture has to know: how far the evaluation came, and a precision that can be seen."""
+    notes = [progress(surface), *(imprecision(surface, column, log) for column in columns)]
+    return "; ".join(dict.fromkeys(note for note in notes if note))
 
 
 def fill(points: Points, drawn: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -10,9 +10,9 @@ from mpl_toolkits.mplot3d.axes3d import Axes3D
 from numpy.typing import NDArray
 
 from distsurf.grid import Axis
-from distsurf.surface.surface import Surface
+from distsurf.surface.surface import Column, Surface
 from distsurf.view import style
-from distsurf.view.points import Points, axes_of, fill, is_share, pick, progress, span
+from distsurf.view.points import Points, axes_of, fill, is_share, pick, remarks, span
 from distsurf.view.scale import Scale, choose
 
 Floats = NDArray[np.float64]
@@ -55,7 +55,7 @@ def surface3d(
         width, height = figure.get_size_inches()
         # Numbers and names of the axes keep their size, and so these margins, whatever the figure's.
         foot, side = 0.24 / height, 1 - 0.55 / width
-        head = style.top(figure, title, _note(surface, points), x=side / 2, y=0.99) / height
+        head = style.top(figure, title, _note(surface, shown, points, scale), x=side / 2, y=0.99) / height
         place = (0.0, foot, side - 0.01, 1 - foot - head)
         axes: Axes3D = figure.add_axes(place, projection="3d", computed_zorder=False)
         colours = style.colours(cmap)
@@ -80,9 +80,9 @@ def surface3d(
     return figure
 
 
-def _note(surface: Surface, points: Points) -> str:
-    """How far the evaluation came, and how many holes the surface has: it has no legend to say so."""
-    holes, note = np.count_nonzero(points.nonfinite), progress(surface)
+def _note(surface: Surface, shown: Column, points: Points, scale: Scale) -> str:
+    """The usual remarks, and how many holes the surface has: it has no legend to say so."""
+    holes, note = np.count_nonzero(points.nonfinite), remarks(surface, [shown], scale.log)
     if not holes:
         return note
     return (

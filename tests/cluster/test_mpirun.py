@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distsurf.surface import Status, Surface
@@ -36,6 +37,25 @@ def net_broken_on_rank_2():
         raise OSError("this node has no such file")
     return net()
 
+def large(width=16):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(width, 3))
+
+def large_and_wrong_on_rank_1():
+    if rank() == 1:
+        from dataclasses import replace
+        from distsurf.objective.fast import steps
+        def wrong(network, at, right=steps.STEPS["fold"]):
+            folded = right(network, at)
+            return replace(folded, subspace=replace(folded.subspace, center=folded.subspace.center * 1.5))
+        steps.STEPS["fold"] = wrong
+    return large()
+
+def pictures(n=300):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(n, 1, 24, 24, generator=g), torch.randint(3, (n,), generator=g)
+
 calls = 0
 
 def sick_on_rank_1(model, batch):
@@ -62,6 +82,25 @@ threads = 1
 x = "-1:1:9"
 y = "-0.5:1:8"
 """
+TUNED = """
+# The job, with ranks that measure what they are told to, and a first run that stops half-way.
+import sys
+from distsurf import cli
+from distsurf.objective.evaluator import ModelEvaluator
+
+size = int(sys.argv[1])
+from net import rank
+ModelEvaluator.tune = lambda self, passes: size if rank() == 0 else 7
+if size == 64:
+    evaluate, done = ModelEvaluator._evaluate, []
+    def failing(self, running, group):
+        done.append(1)
+        if len(done) > 3:
+            raise MemoryError
+        return evaluate(self, running, group)
+    ModelEvaluator._evaluate = failing
+sys.exit(cli.main(["run", *sys.argv[2:]]))
+"""
 RUN = ("-m", "distsurf.run", "job.toml", "--no-pictures", "--progress", "none")
 
 
@@ -87,6 +126,48 @@ def test_same_bits_for_any_number_of_ranks(job: Processes) -> None:
     assert all(surface == surfaces[0] for surface in surfaces.values())
     fingerprints = {tuple(Surface.load(job.folder / f"{ranks}.h5").fingerprint.items()) for ranks in surfaces}
     assert len(fingerprints) == 1
+
+
+LARGE = (*RUN, "--set", "data.source=net.py:pictures", "--set", "grid.x=-1:1:4", "--set", "grid.y=-1:1:3")
+
+
+def test_ranks_evaluate_alike_or_plainly(job: Processes) -> None:
+    """A step that is wrong on one rank alone is found by comparison with rank 0, and no rank uses any."""
+    right = job.python(*LARGE, "--set", "model.factory=net.py:large", "--out", "a.h5", ranks=2)
+    wrong = job.python(
+        *LARGE, "--set", "model.factory=net.py:large_and_wrong_on_rank_1", "--out", "b.h5", ranks=2
+    )
+    plain = job.python(*LARGE, "--set", "model.factory=net.py:large", "--out", "c.h5", "--plain", ranks=2)
+    for ended in (right, wrong, plain):
+        assert ended.code == 0, ended.err
+    a, b, c = (Surface.load(job.folder / name) for name in ("a.h5", "b.h5", "c.h5"))
+    assert a.facts["evaluation"]["steps"] == ["fold", "channels_last", "fuse"]
+    assert "fast path: fold, channels_last, fuse" in right.out
+    assert b.facts["evaluation"]["steps"] == c.facts["evaluation"]["steps"] == []
+    assert "no fast path: rank 1 on" in wrong.out
+    assert "as on rank 0" in wrong.out
+    assert b["loss"].tobytes() == c["loss"].tobytes() != a["loss"].tobytes()
+    np.testing.assert_allclose(a["loss"], c["loss"], rtol=1e-5)
+
+
+def test_batch_size_is_found_once_and_kept(job: Processes) -> None:
+    """All ranks measure, rank 0's finding counts, and the file's after a resume."""
+    found = (*LARGE, "--set", "data.batch_size=0", "--set", "model.factory=net.py:large", "--out", "s.h5")
+    (job.folder / "tuned.py").write_text(TUNED)
+    first = job.python("tuned.py", "64", *found[2:], ranks=3)
+    assert first.code == 3, first.err
+    part = Surface.load(job.folder / "s.h5")
+    assert part.facts["evaluation"]["batch_size"] == 64
+    assert part.fingerprint["batch_size"] == "64"
+    second = job.python("tuned.py", "256", *found[2:], ranks=2)  # as if 256 were faster now
+    assert second.code == 0, second.err
+    assert Surface.load(job.folder / "s.h5").facts["evaluation"]["batch_size"] == 64
+    whole = job.python(*found[:-1], "whole.h5", "--set", "data.batch_size=64")
+    assert whole.code == 0, whole.err
+    assert _values(job.folder / "s.h5") == _values(job.folder / "whole.h5")
+    other = job.python(*found, "--set", "data.batch_size=100")
+    assert other.code == 1
+    assert "batch_size (file 64, this job 100)" in other.err
 
 
 def test_ctrl_c_saves_and_another_number_of_ranks_continues(job: Processes) -> None:

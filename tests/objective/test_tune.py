@@ -26,6 +26,8 @@ from tests.objective.planes import CPU, objective, plane
         (lambda size: size, 10**6, 8),
         (lambda size: 1.0 + (size != 128) * 0.001, 1000, 128),
         (lambda size: 1.0 - (size != 128) * 0.01, 1000, 128),  # within the noise
+        (lambda size: 1.0 - (size == 256) * 0.08, 1000, 128),  # not worth other digits
+        (lambda size: (128 / size) ** 0.06, 10**6, 8192),  # little by little
     ],
 )
 def test_climbs_to_the_fastest(speed: Callable[[int], float], samples: int, expected: int) -> None:

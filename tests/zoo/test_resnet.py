@@ -31,7 +31,7 @@ def test_published_parameter_counts(depth: int, width: int, shortcuts: bool, tot
     assert sum(p.numel() for p in parameters if p.dim() > 1) == moved
 
 
-@pytest.mark.parametrize("name", zoo.MODELS)
+@pytest.mark.parametrize("name", [name for name in zoo.MODELS if name.startswith("resnet")])
 def test_every_registered_model(name: str) -> None:
     model = zoo.model(name, width=4, num_classes=7, in_channels=2).eval()
     depth = int(name.removeprefix("resnet").removesuffix("-noshort"))

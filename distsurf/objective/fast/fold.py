@@ -66,7 +66,7 @@ class Folding:
 def fold(network: Network, *, recomputed: bool, dtype: type[np.floating] = np.float32) -> Network:
     """The network with its batch norms folded: a `fast.steps` step.
 
-    ``recomputed``: the statistics change at every point. ``dtype``: of a folded plane. Raises NotApplicable and Refused.
+    ``recomputed``: the statistics change at every point. ``dtype``: of a folded plane. Raises NotApplicable, Refused.
     """
     if not any(type(m) in _FOLDS_INTO.values() for m in network.module.modules()):
         raise NotApplicable
