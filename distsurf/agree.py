@@ -48,11 +48,13 @@ def agree_on_recipe(
             before, missing = recorded(out, fresh)
             passes = (grid.size if missing is None else missing) / ranks.size
             if before is not None:
-                recipe = replace(recipe, batch_size=job.data.batch_size or before.batch_size)
-                evaluator.recipe = recipe
-            if job.run.fast and passes > 0:
-                recipe = evaluator.choose(points, grid.size, None if before is None else before.steps)
-            _tell(recipe, before, say)
+                recipe = replace(before, batch_size=job.data.batch_size or before.batch_size)
+            if passes > 0:
+                evaluator.recipe = recipe = replace(recipe, steps=())
+                if job.run.fast:
+                    asked = None if job.run.fast is True else tuple(job.run.fast)
+                    recipe = evaluator.choose(points, grid.size, asked if before is None else before.steps)
+                _tell(recipe, say)
     recipe, passes, is_new = ranks.broadcast((recipe, passes, before is None))
     if passes > 0 and recipe.steps:
         recipe = _on_every_rank(ranks, job, evaluator, recipe, points, say)
@@ -64,18 +66,12 @@ def agree_on_recipe(
     return recipe
 
 
-def _tell(recipe: Recipe, before: Recipe | None, say: Callable[[str], None]) -> None:
+def _tell(recipe: Recipe, say: Callable[[str], None]) -> None:
     for reason in dict.fromkeys(recipe.dropped.values()):
         names = ", ".join(name for name, why in recipe.dropped.items() if why == reason)
         say(f"fast path without {names}: {reason}")
     if recipe.steps:
         say(f"fast path: {', '.join(recipe.steps)}, verified at the origin and the corners of the grid")
-    if before is not None and before.steps != recipe.steps:
-        lost = ", ".join(name for name in before.steps if name not in recipe.steps)
-        say(
-            f"note: the file was begun with {lost or 'fewer steps'}, which the rest is evaluated without; "
-            "last digits may differ"
-        )
 
 
 def _on_every_rank(

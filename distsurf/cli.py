@@ -164,6 +164,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     _add_set(bench)
     bench.add_argument("--precision", default="fp32", help="of distsurf, one or several: fp32,bf16")
+    bench.add_argument(
+        "--steps", action="store_true", help="also show what each step of the fast path brings"
+    )
     bench.add_argument("--samples", type=int, default=2000, help="images, for the built-in networks (2000)")
     bench.add_argument("--rounds", type=int, default=5, help="points that each way evaluates (5)")
     bench.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
@@ -394,7 +397,12 @@ def _bench(options: argparse.Namespace) -> int:
         job = compare.with_weights(_job(Path(options.job), options.set))
     precisions = compare.parse_precisions(options.precision)
     result = compare.bench(
-        job, precisions, options.rounds, options.threads, lambda line: print(line, file=sys.stderr)
+        job,
+        precisions,
+        options.rounds,
+        options.threads,
+        lambda line: print(line, file=sys.stderr),
+        each_step=options.steps,
     )
     print("\n".join(compare.table(result)))
     if options.json is not None:

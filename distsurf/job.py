@@ -29,6 +29,10 @@ LIVE = "live:"
 """What stands before the name of an object that a script passed: such a job cannot be run from its text alone."""
 
 
+Step = Literal["fold", "channels_last", "many", "fuse", "graph"]
+"""Steps of the fast path (`distsurf.objective.fast.steps`)."""
+
+
 class Section(BaseModel):
     """A table of the job file. Unknown keys are refused."""
 
@@ -155,8 +159,8 @@ class RunSection(Section):
 
     precision: Literal["fp32", "fp64", "tf32", "bf16", "fp16"] = "fp32"
     """fp32 is strict: no TF32. The surface file has each one's error against float64."""
-    fast: bool = True
-    """Whether to look for faster ways to the same values; ``--plain`` is ``run.fast = false``."""
+    fast: bool | list[Step] = True
+    """Whether to look for faster ways to the same values; ``--plain`` is false. A list names the steps to try."""
     device: str = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads per rank; 0 divides the cores among the ranks of a node."""

@@ -3,9 +3,14 @@
 1. One core: a grid point of the default job by distsurf's evaluator against the best plain torch loop over the same
    tensors (inference mode, weights set in place, float64 sums), in alternation.
 2. Memory: the same evaluator where freed memory is kept for the next batch, and where it is not.
-3. Two cores: the same surface by 8 ranks and by 2 ranks, in alternation, from the first point to the last.
-4. Coordination: shards of one point each per second, by the coordinator's logic alone, and by 8 ranks under mpirun
+3. Memory format: residual networks with folded batch norm on images of several sizes, in channels-last with fused
+   kernels against as they come, one core, in alternation.
+4. Two cores: the same surface by 8 ranks and by 2 ranks, in alternation, from the first point to the last.
+5. Coordination: shards of one point each per second, by the coordinator's logic alone, and by 8 ranks under mpirun
    with an evaluator that sleeps.
+6. Forecast: what `distsurf plan` says against the wall time of the job.
+
+How fast larger networks are evaluated, against other ways and the machine's limits: `distsurf bench`.
 
 Prints one JSON object with every single measurement and its median.
 """
@@ -13,6 +18,7 @@ Prints one JSON object with every single measurement and its median.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -21,8 +27,10 @@ import sys
 import tempfile
 import time
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,6 +41,9 @@ from distsurf.distribute.coordinator import Coordinator, FullPlan, Shard
 from distsurf.distribute.placement import Placement
 from distsurf.job import Job
 from distsurf.objective.evaluator import ModelEvaluator
+from distsurf.objective.fast import steps
+from distsurf.objective.fast.verify import sampled_points
+from distsurf.objective.recipe import Recipe
 from distsurf.run import prepare
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
@@ -81,6 +92,7 @@ def one_core(folder: Path, points: int) -> dict[str, Any]:
         model, shared.subspace, shared.buffers, shared.splits, assemble.build_objective(job, None),
         batch_size=batch_size, device=cpu,
     ) as evaluator:  # fmt: skip
+        evaluator.choose(sampled_points(job.grid.grid()), job.grid.grid().size)
         for c in [coordinates[0], *coordinates]:
             start = time.perf_counter()
             evaluator(c[None])
@@ -112,6 +124,72 @@ def points_alone(points: int, memory: str, folder: Path) -> float:
     if memory == "kept":
         Placement(torch.device("cpu"), 1, "").apply()
     return float(one_core(folder, points)["ms_per_point"]["distsurf"])
+
+
+def memory_format(rounds: int) -> dict[str, float]:
+    """Speed in channels-last with fused kernels, in units of the speed without, by width and image size."""
+    torch.set_num_threads(1)
+    ratios = {}
+    cpu = torch.device("cpu")
+    Placement(cpu, 1, "").apply()
+    with mock.patch.object(steps, "LEAST_PIXELS", 0):  # the rule that is measured here
+        for width, size in product((4, 8, 16, 32), (8, 16, 20, 32)):
+            job = Job.read(
+                f"""
+                model = {{ factory = "resnet8", arguments = {{ width = {width} }} }}
+                data = {{ source = "distsurf.bench.shapes:images", arguments = {{ samples = 256, size = {size} }} }}
+                grid = {{ x = "-1:1:3", y = "-1:1:3" }}
+                """
+            )
+            times: dict[tuple[str, ...], list[float]] = {("fold",): [], ("fold", "channels_last", "fuse"): []}
+            with contextlib.ExitStack() as stack:
+                evaluators = {}
+                for chosen in times:
+                    model = assemble.build_model(job, None)
+                    shared = prepare(job, model, None, Placement(cpu, 1, ""), lambda line: None)
+                    evaluators[chosen] = stack.enter_context(
+                        ModelEvaluator(
+                            model,
+                            shared.subspace,
+                            shared.buffers,
+                            shared.splits,
+                            assemble.build_objective(job, None),
+                            device=cpu,
+                        )
+                    )
+                    evaluators[chosen].use(Recipe(steps=chosen))
+                for _ in range(rounds + 1):
+                    for chosen, evaluator in evaluators.items():
+                        start = time.perf_counter()
+                        evaluator(np.zeros((1, 2)))
+                        times[chosen].append(time.perf_counter() - start)
+            without, with_ = (statistics.median(found[1:]) for found in times.values())
+            ratios[f"{width} channels, {size}x{size}"] = round(without / with_, 2)
+    return ratios
+
+
+def forecast_against_run(folder: Path, rounds: int, grid: str) -> dict[str, Any]:
+    """Predicted and actual seconds of a job from the command to its end, by 1 and by 2 ranks, alternating."""
+    settings = ["--set", f"grid.x={grid}", "--set", f"grid.y={grid}", "--set", "run.threads=1",
+                "--set", f"model.checkpoint={folder / 'net.safetensors'}"]  # fmt: skip
+    found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    for i in range(rounds):
+        for ranks in found:
+            plan = [sys.executable, "-m", "distsurf", "plan", *settings, "--json", "--ranks", str(ranks)]
+            told = json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)
+            start = time.perf_counter()
+            run = [MPIRUN, "-n", ranks, sys.executable, "-m", "distsurf.run", "--no-pictures", *settings,
+                   "--out", folder / f"forecast-{ranks}-{i}.h5"]  # fmt: skip
+            subprocess.run([str(part) for part in run], capture_output=True, check=True)
+            found[ranks].append((told["wall_seconds"], time.perf_counter() - start))
+    return {
+        "grid": grid,
+        "predicted and actual seconds": found,
+        "ratio_predicted_to_actual": {
+            ranks: statistics.median(predicted / actual for predicted, actual in pairs)
+            for ranks, pairs in found.items()
+        },
+    }
 
 
 def ranks_against_each_other(folder: Path, rounds: int, grid: str) -> dict[str, Any]:
@@ -214,6 +292,7 @@ def main() -> None:
         folder = Path(name)
         result["one_core"] = one_core(folder, 20 if quick else 200)
         result["memory"] = kept_memory(folder, 1 if quick else 3, 20 if quick else 60)
+        result["memory_format"] = memory_format(3 if quick else 15)
         result["two_cores"] = ranks_against_each_other(
             folder, 1 if quick else 3, "-1:1:9" if quick else "-1:1:31"
         )
@@ -224,6 +303,9 @@ def main() -> None:
                 coordinator_under_mpirun(folder, 8, 1e-4) for _ in range(1 if quick else 3)
             ],
         }
+        result["forecast"] = forecast_against_run(
+            folder, 1 if quick else 3, "-1:1:21" if quick else "-1:1:41"
+        )
     print(json.dumps(result, indent=2))
 
 

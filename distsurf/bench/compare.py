@@ -38,36 +38,47 @@ def built_in(network: str, samples: int, overrides: Sequence[str] = ()) -> Job:
 
 
 def bench(
-    job: Job, precisions: Sequence[str], rounds: int, threads: int, say: Callable[[str], None]
+    job: Job,
+    precisions: Sequence[str],
+    rounds: int,
+    threads: int,
+    say: Callable[[str], None],
+    each_step: bool = False,
 ) -> dict[str, Any]:
     """Measure a job in all ways; returns everything that was measured, medians included, as JSON.
 
     In every round each way evaluates the same random point once. ``precisions`` are those of distsurf; the plain loops
-    compute in float32, as their authors leave it. Raises InputError where a way fails.
+    compute in float32, as their authors leave it. ``each_step``: distsurf also without its last steps, one by one.
+    Raises InputError where a way fails.
     """
     axes = job.grid.grid().axes
     random = np.random.default_rng(0)
     points = [[float(random.uniform(axis.low, axis.high)) for axis in axes] for _ in range(rounds + 1)]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-
-        def start(way: str, precision: str) -> Contender:
-            path = Path(folder, f"{precision}.toml")
-            path.write_text(_with_precision(job, precision).to_toml())
-            contender = Contender(way, path, threads)
-            stack.callback(contender.close)
-            return contender
-
-        ways = {"textbook": ("textbook", "fp32"), "plain": ("plain", "fp32")}
-        ways |= {f"distsurf {p}": ("distsurf", p) for p in precisions}
-        ways |= {f"machine {p}": ("machine", p) for p in precisions}
         contenders: dict[str, Contender] = {}
         about: dict[str, Answer] = {}
-        for name, (way, precision) in ways.items():
-            contenders[name] = start(way, precision)
-            about[name] = contenders[
-                name
-            ].ready()  # one after the other, so that none disturbs another's tuning
-        answers: dict[str, list[Answer]] = {name: [] for name in ways}
+
+        def start(name: str, way: str, precision: str, **settings: Any) -> Answer:
+            """One after the other, so that none disturbs another's tuning."""
+            path = Path(folder, f"{len(contenders)}.toml")
+            path.write_text(_with(job, precision=precision, **settings).to_toml())
+            contenders[name] = Contender(way, path, threads)
+            stack.callback(contenders[name].close)
+            about[name] = contenders[name].ready()
+            return about[name]
+
+        start("textbook", "textbook", "fp32")
+        start("plain", "plain", "fp32")
+        for precision in precisions:
+            start(f"machine {precision}", "machine", precision)
+            whole = f"distsurf {precision}"
+            steps = start(whole, "distsurf", precision)["steps"]
+            for count in range(len(steps) if each_step else 0):
+                fewer = steps[:count] or False
+                name = f"{'  + ' if count else '  '}{steps[count - 1] if count else 'no step'} {precision}"
+                start(name, "distsurf", precision, fast=fewer)
+            contenders[whole] = contenders.pop(whole)  # last, as the sum of its steps
+        answers: dict[str, list[Answer]] = {name: [] for name in contenders}
         for i, point in enumerate(points):
             for name, contender in contenders.items():
                 contender.tell(point)
@@ -77,8 +88,8 @@ def bench(
     return _result(job, about, {name: given[1:] for name, given in answers.items()}, points[1:])
 
 
-def _with_precision(job: Job, precision: str) -> Job:
-    return job.model_copy(update={"run": job.run.model_copy(update={"precision": precision})})
+def _with(job: Job, **settings: Any) -> Job:
+    return job.model_copy(update={"run": job.run.model_copy(update=settings)})
 
 
 def _result(
@@ -110,8 +121,8 @@ def _result(
             "against_plain": median("plain", "seconds") / seconds,
             "values": [answer["values"] for answer in answers[name]],
         }
-        if name.startswith("distsurf"):
-            precision = name.split()[1]
+        if "steps" in about[name]:
+            precision = about[name]["precision"]
             rate, bandwidth = (median(f"machine {precision}", k) for k in ("flop_per_s", "bytes_per_s"))
             made = about[name]
             way |= {
@@ -145,16 +156,17 @@ def _largest_difference(mine: list[Answer], plain: list[Answer]) -> float:
 def table(result: dict[str, Any]) -> list[str]:
     """The result in lines of text."""
     threads = result["threads"]
+    width = max(map(len, result["ways"])) + 1
     lines = [
         f"{result['device']}, {threads} thread{'s' * (threads != 1)}, torch {result['torch']}; "
         f"{result['samples']:,} samples a point",
         "",
-        f"{'':14}{'samples/s':>11}{'points/s':>10}{'× textbook':>12}{'× plain':>9}"
+        f"{'':{width}}{'samples/s':>11}{'points/s':>10}{'× textbook':>12}{'× plain':>9}"
         f"{'of matrix rate':>16}{'of memory':>11}  how",
     ]
     for name, way in result["ways"].items():
         line = (
-            f"{name:14}{way['samples_per_s']:11,.0f}{way['points_per_s']:10.3g}"
+            f"{name:{width}}{way['samples_per_s']:11,.0f}{way['points_per_s']:10.3g}"
             f"{way['against_textbook']:12.2f}{way['against_plain']:9.2f}"
         )
         if "steps" in way:
@@ -164,7 +176,7 @@ def table(result: dict[str, Any]) -> list[str]:
         lines.append(line)
     lines.append("")
     for name, way in result["ways"].items():
-        if "steps" in way:
+        if name.startswith("distsurf"):
             lines.append(
                 f"{name}: {way['flop_per_sample'] / 1e9:.3g} GFLOP and {way['bytes_per_sample'] / 1e6:.3g} MB "
                 f"a sample; the machine does {way['matrix_flop_per_s'] / 1e9:,.0f} GFLOP/s and "

@@ -224,7 +224,11 @@ class _Distsurf(_Way):
     def __enter__(self) -> _Distsurf:
         evaluator = self._evaluator.__enter__()
         recipe = agree_on_recipe(Ranks(), self._job, evaluator, None, False, lambda line: None)
-        self.about |= {**recipe.told(), **evaluator.cost_per_sample(flop, traffic)}
+        self.about |= {
+            "precision": self._job.run.precision,
+            **recipe.told(),
+            **evaluator.cost_per_sample(flop, traffic),
+        }
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -86,7 +86,10 @@ class ModelEvaluator:
         self._running: Running | None = None
         self._feeds = [Feed(split, device, self._precision.sums) for split in splits]
         self._names: list[tuple[str, ...]] = []
-        self._statistics = None if statistics is None else Feed(statistics, device, self._precision.sums)
+        self._statistics: Feed | None = None
+        if statistics is not None:
+            given = [feed for feed, split in zip(self._feeds, splits, strict=True) if split is statistics]
+            self._statistics = given[0] if given else Feed(statistics, device, self._precision.sums)
         self.columns: tuple[Column, ...] = ()
         self.recipe = Recipe(batch_size=batch_size)
         """How points are evaluated now."""
@@ -180,18 +183,17 @@ class ModelEvaluator:
         if not feed.is_whole or self.draws_random_numbers:
             return self.recipe.batch_size
         running, _ = self._on_sample(self._network, self._precision, SAMPLE[0])
-        with running, running.ready():
+        best = start
+        with suppress(Exception), running, running.ready():  # a pass that fails fails again when it counts
             running.move_to(np.zeros((1, self._plain.subspace.dimension)))
             once = self._seconds(running, feed, start)
             budget = min(0.01 * passes * once * sum(f.samples for f in self._feeds), 10.0)
-            if budget < 10 * once * TIMED:
-                return self.recipe.batch_size
-            best = tune_batch_size(
-                lambda size: self._seconds(running, feed, size), start, feed.samples, budget
-            )
-            if best == start or not self._agree(running, feed, start, best):
-                return self.recipe.batch_size
-        return best
+            if budget > 10 * once * TIMED:
+                found = tune_batch_size(
+                    lambda size: self._seconds(running, feed, size), start, feed.samples, budget
+                )
+                best = found if self._agree(running, feed, start, found) else start
+        return best if best != start else self.recipe.batch_size
 
     def _seconds(self, running: Running, feed: Feed, size: int) -> float:
         """Seconds per sample, the least of three passes over a few hundred samples."""

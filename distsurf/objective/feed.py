@@ -41,6 +41,7 @@ class Feed:
             self._is_streamed = self._bytes() > budget
         if not self._is_streamed:
             self._split = self._split.map(self._place)
+        self._cut: tuple[int, list[Any]] = (0, [])
         self._tensors = [t for piece in self._split.pieces for t in tensors_of(piece)]
         self._versions = [tensor._version for tensor in self._tensors]
 
@@ -57,7 +58,9 @@ class Feed:
 
     def batches(self, size: int) -> Iterator[Any]:
         """All batches, in order, on the device."""
-        batches = self._split.batches(size)
+        if self._cut[0] != size:
+            self._cut = size, self._split.batches(size)
+        batches = self._cut[1]
         for batch in _streamed(batches, self._device) if self._is_streamed else batches:
             yield self._unpack(batch)
 

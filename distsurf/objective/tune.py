@@ -31,7 +31,7 @@ def tune_batch_size(
         while LEAST <= size <= MOST and size < 2 * samples and clock() < end:
             try:
                 seconds = seconds_per_sample(size)
-            except RuntimeError:
+            except Exception:
                 break
             if seconds * STEP > best_seconds:
                 break

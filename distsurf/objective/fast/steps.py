@@ -73,10 +73,10 @@ def _graph(network: Network, at: Circumstances) -> Network:
 
 POINTS_PER_PASS = 8
 LEAST_PIXELS = 400
-"""On one core of an AMD EPYC, residual networks of 4 to 64 channels were 1.1 to 1.4 times faster in channels-last with
-fused kernels on 32x32 pixels, 1.1 times on 20x20, and 0.7 to 1.1 times as fast on 8x8 and 16x16, whose activations
-stay in the cache (`make bench`, "memory format"). A rule rather than a measurement each time, so that a job gives the
-same digits each time."""
+"""On one core of an AMD EPYC, residual networks of 4 to 32 channels were 1.2 to 1.5 times faster in channels-last with
+fused kernels on 32x32 pixels, 0.9 to 1.2 times as fast on 20x20, and 0.8 to 1.1 times on 8x8 and 16x16, whose
+activations stay in the cache (`make bench`, "memory_format"). A rule rather than a measurement each time, so that a
+job gives the same digits each time."""
 STEPS: dict[str, Step] = {
     "fold": _fold,
     "channels_last": _channels_last,
