@@ -32,7 +32,7 @@ from distsurf.distribute.placement import Placement, place
 from distsurf.distribute.ranks import Ranks
 from distsurf.errors import DistsurfError, InputError
 from distsurf.job import Job
-from distsurf.objective.data import Split, map_tree
+from distsurf.objective.data import Split, map_tree, tensors_of
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.precision import PRECISIONS, arithmetic
 from distsurf.objective.recipe import DEFAULT_BATCH
@@ -219,7 +219,11 @@ class _Distsurf(_Way):
             statistics=prepared.statistics,
         )
         self._job = job
-        self.about = {"samples": sum(split.samples for split in prepared.splits)}
+        tensors = [t for split in prepared.splits for piece in split.pieces for t in tensors_of(piece)]
+        self.about = {
+            "samples": sum(split.samples for split in prepared.splits),
+            "data_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        }
 
     def __enter__(self) -> _Distsurf:
         evaluator = self._evaluator.__enter__()

@@ -41,6 +41,8 @@ class Forecast:
     set_up_seconds: float
     wall_seconds: float
     memory_per_rank: int
+    data_bytes: int
+    """Of that, what the ranks of a node share."""
     shards: int
     batch_size: int
     steps: tuple[str, ...]
@@ -59,7 +61,8 @@ class Forecast:
             f"measured with {min(self.ranks, self.ranks_per_node)} at once, {self.threads} "
             f"thread{'s' * (self.threads != 1)} each: {self.seconds_per_point:.3g} s a point "
             f"({', '.join(self.steps) or 'plain'}; batches of {self.batch_size})",
-            f"memory: {self.memory_per_rank / 1e9:.2f} GB a rank",
+            f"memory: {self.memory_per_rank / 1e9:.3g} GB a rank, of which {self.data_bytes / 1e9:.2g} GB are data, "
+            "which the ranks of a node share",
             f"as an array of jobs: {self.shards} shard{'s' * (self.shards != 1)}",
         ]
 
@@ -104,6 +107,7 @@ def plan(job: Job, ranks: int, ranks_per_node: int = 0, threads: int = 0) -> For
         set_up_seconds=set_up,
         wall_seconds=set_up + math.ceil(grid.size / ranks) * seconds,
         memory_per_rank=max(answer["peak_bytes"] for answer in answers),
+        data_bytes=about[0]["data_bytes"],
         shards=good_shard_count(grid.size * seconds, set_up, ranks),
         batch_size=about[0]["batch_size"],
         steps=tuple(about[0]["steps"]),

@@ -130,6 +130,8 @@ def test_plan_tells_what_a_run_will_take(processes: Processes) -> None:
     assert rest == pytest.approx(np.ceil(told["points"] / 6) * told["seconds_per_point"])
     assert told["steps"] == ["fold"]
     assert told["batch_size"] == 450
+    assert told["data_bytes"] == 1797 * (64 * 4 + 8)
+    assert told["memory_per_rank"] > 1e8
     assert not list(processes.folder.iterdir())  # nothing trained, nothing written
     in_words = processes.python("-m", "distsurf", "plan", *DIGITS)
     assert in_words.code == 0, in_words.err

@@ -25,6 +25,7 @@ class CapturedTotals:
     def __init__(self, totals: Callable[[Any], Totals]):
         self._totals = totals
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, list[Tensor], Totals]] = {}
+        self._pool: Any = None
 
     def __call__(self, batch: Any) -> Totals:
         """The objective's sums and counts of one batch."""
@@ -47,7 +48,9 @@ class CapturedTotals:
                 self._totals(held)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # One memory for all: they run one after the other, and what one gives is copied before the next.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
             totals = dict(self._totals(held))
         return graph, tensors_of(held), totals
 

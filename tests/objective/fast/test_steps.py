@@ -394,7 +394,9 @@ def test_captured_passes_copy_inputs_in_and_totals_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    pools = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: pools.append(pool) or graph)
     calls = []
 
     def totals(batch: Any) -> dict[str, Any]:
@@ -409,6 +411,7 @@ def test_captured_passes_copy_inputs_in_and_totals_out(monkeypatch: pytest.Monke
     batches = [(torch.full((n,), float(v)), torch.zeros(n)) for n, v in ((3, 1), (3, 2), (2, 5), (3, 7))]
     kept = [captured(batch)["loss"] for batch in batches]
     assert [(float(total), count) for total, count in kept] == [(3.0, 3), (6.0, 3), (10.0, 2), (21.0, 3)]
+    assert pools == [(0, 1), (0, 1)]
     assert len(calls) == 2 * (3 + 1) + 4  # two shapes, each warmed up and captured once; and four replays
 
 
