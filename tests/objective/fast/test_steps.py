@@ -15,6 +15,7 @@ from distsurf.evaluator import Stopped
 from distsurf.objective.data import as_splits
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.fast import choose as choosing
+from distsurf.objective.fast import steps
 from distsurf.objective.fast.fold import fold
 from distsurf.objective.fast.fuse import CuDNNConvolution, OneDNNConvolution, fuse
 from distsurf.objective.fast.graph import CapturedTotals
@@ -78,6 +79,28 @@ def test_chosen_steps_give_the_plain_values(case: Case, ignore: str) -> None:
     for step, reason in WHY.get(case.name, {}).items():
         assert reason in recipe.dropped[step]
     np.testing.assert_array_equal(values, again)  # in any order, bit for bit
+    if case.name not in RANDOM:
+        np.testing.assert_allclose(values[:, 0], truth(case, subspace, POINTS), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [("fold",), ("channels_last",), ("channels_last", "fuse"), ("fold", "channels_last"), ALL],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_step_on_every_model(
+    case: Case, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On small images too, where the rule says that it would not pay."""
+    monkeypatch.setattr(steps, "LEAST_PIXELS", 0)
+    evaluator, subspace = _evaluator(case, ignore="bias_bn")
+    with evaluator:
+        recipe = evaluator.choose(POINTS, 10_000, wanted)
+        values = evaluator(POINTS)
+    assert set(recipe.steps) | set(recipe.dropped) <= set(wanted)
+    if case.name == "batch_norm":
+        assert recipe.steps == tuple(step for step in wanted if step != "fuse" or "fold" in wanted)
     if case.name not in RANDOM:
         np.testing.assert_allclose(values[:, 0], truth(case, subspace, POINTS), rtol=1e-5)
 
