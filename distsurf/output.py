@@ -15,6 +15,7 @@ from distsurf.files import replacing
 from distsurf.grid import Grid
 from distsurf.objective.recipe import DEFAULT_BATCH, Recipe
 from distsurf.surface import Status, SurfaceFile
+from distsurf.surface.claim import require_unclaimed
 
 
 def open_output(
@@ -85,9 +86,11 @@ def _set_aside(path: Path) -> Path:
 
 
 def require_writable(path: Path) -> None:
-    """Raise InputError now rather than after the training if the output's folder cannot be written."""
+    """Raise InputError now rather than after the training if the output cannot be written, or others write it."""
     if path.is_dir():
         raise InputError(f"the output {path} is a folder; give a file, for example {path / 'surface.h5'}")
+    if path.exists():
+        require_unclaimed(path)
     with contextlib.suppress(_Discard), replacing(path):
         raise _Discard
 

@@ -7,6 +7,7 @@ measured not to survive ``kill -9``, while in-place writes with a flush did, 175
 - one float64 dataset per column, shape ``[z, y, x]``, NaN where there is no value; ``/cost`` in seconds;
 - ``/status`` uint8 per point, written and flushed after the values that it vouches for;
 - ``/failures/point`` and ``/failures/reason``: why points failed;
+- ``/writer``: who is writing now (`distsurf.surface.claim`);
 - root attributes ``format``, ``job`` (TOML), ``fingerprint`` (JSON) and ``facts`` (JSON).
 
 The file is opened without HDF5's own locks, which many cluster file systems refuse: readers never need one, since
@@ -33,6 +34,8 @@ from distsurf.errors import DamagedFile, DistsurfError, InputError
 from distsurf.evaluator import Column
 from distsurf.files import replacing
 from distsurf.grid import Grid
+from distsurf.surface import claim
+from distsurf.surface.claim import Claim
 from distsurf.surface.surface import Status, Surface
 
 FORMAT = "distsurf-surface-1"
@@ -41,15 +44,16 @@ MAX_FAILURES = 1000
 REASON_BYTES = 400
 # HDF5 keeps attributes in the object header, which ends at 64 KiB.
 MAX_ATTRIBUTE_BYTES = 60_000
-RESERVED_NAMES = frozenset({"x", "y", "z", "status", "cost", "failures"})
+RESERVED_NAMES = frozenset({"x", "y", "z", "status", "cost", "failures", claim.RECORD})
 
 
 class SurfaceFile:
     """One surface file, open. Use `create`, `open` or `memory`; close it, or use it in a ``with``."""
 
-    def __init__(self, handle: h5py.File, path: Path | None):
+    def __init__(self, handle: h5py.File, path: Path | None, claim: Claim | None = None):
         self._h5 = handle
         self.path = path
+        self._claim = claim
         self._pending: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]] = []
         self._pending_failures: dict[int, str] = {}
         with _readable(path):
@@ -102,7 +106,10 @@ class SurfaceFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, write: bool = False) -> SurfaceFile:
-        """Open an existing file. Raises InputError (missing, no surface) or DamagedFile (cannot be read)."""
+        """Open an existing file, for one writer at a time.
+
+        Raises InputError (missing, no surface, being written by another process) or DamagedFile (cannot be read).
+        """
         path = Path(path)
         if not path.is_file():
             raise InputError(f"no surface file {path}")
@@ -117,9 +124,13 @@ class SurfaceFile:
         if not is_ours:
             handle.close()
             raise InputError(f"{path} is HDF5 but not a surface file of distsurf")
+        held = None
         try:
-            return cls(handle, path)
+            held = Claim(path, handle) if write else None
+            return cls(handle, path, held)
         except BaseException:
+            if held is not None:
+                held.release()
             handle.close()
             raise
 
@@ -148,12 +159,21 @@ class SurfaceFile:
         with contextlib.suppress(OSError):
             self.commit()
         with contextlib.suppress(OSError):
-            self._h5.close()
+            self._let_go()
 
     def close(self) -> None:
         """Commit what is recorded and close."""
         if self._h5:
             self.commit()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        try:
+            if self._claim is not None:
+                self._claim.release()
+        finally:
+            if self._claim is not None:
+                self._claim.drop()
             self._h5.close()
 
     # -- recording ----------------------------------------------------------------------------------------
@@ -171,6 +191,8 @@ class SurfaceFile:
 
     def commit(self) -> None:
         """Write what was recorded since the last commit: values, flush, statuses, flush."""
+        if self._claim is not None:
+            self._claim.beat()
         if not self._pending and not self._pending_failures:
             return
         if self._pending:
@@ -342,6 +364,7 @@ def _lay_out(
     )
 
     slots = min(grid.size, MAX_FAILURES)
+    claim.lay_out(handle)
     failures = handle.create_group("failures")
     failures.create_dataset("point", data=np.full(slots, -1, np.int64))
     failures.create_dataset("reason", data=np.zeros(slots, f"S{REASON_BYTES}"))

@@ -1,0 +1,139 @@
+"""One writer per file: it says in the file who it is, and holds a lock on it that the system drops when it dies.
+
+A record without a lock is that of a dead process, and does not block, where the file system has locks and the process
+was on this host. Where the record is another host's, or there are no locks, it blocks as long as its count goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from distsurf.errors import InputError
+
+RECORD = "writer"
+RECORD_BYTES = 512
+BEAT_SECONDS = 5.0
+"""How often a writer counts on."""
+PATIENCE_SECONDS = 12.0
+"""How long a count that cannot be trusted otherwise is watched: more than two beats."""
+
+
+def lay_out(handle: h5py.File) -> None:
+    """Allocate the record, empty."""
+    handle.create_dataset(RECORD, data=np.zeros((), f"S{RECORD_BYTES}"))
+
+
+class Claim:
+    """The right to write a file, held from here to `release` or the end of the process.
+
+    Raises InputError with the other writer's host, process and start while there is one.
+    """
+
+    def __init__(self, path: Path, handle: h5py.File):
+        self._handle = handle
+        self._lock = _locked(path, _record(handle))
+        self._beat_at = 0.0
+        self._record: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "beat": 0,
+        }
+        self.beat()
+
+    def beat(self) -> None:
+        """Count on, if it is time to."""
+        if time.monotonic() - self._beat_at >= BEAT_SECONDS:
+            self._beat_at = time.monotonic()
+            self._record["beat"] += 1
+            _write(self._handle, json.dumps(self._record))
+
+    def release(self) -> None:
+        """Let others write."""
+        _write(self._handle, "")
+        self.drop()
+
+    def drop(self) -> None:
+        """Let the lock go without a word in the file, which may not be writable any more."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def require_unclaimed(path: Path) -> None:
+    """Raise InputError while another process writes a file."""
+    with contextlib.suppress(OSError), h5py.File(path, "r", locking=False) as handle:
+        lock = _locked(path, _record(handle))
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(path: Path, record: dict[str, Any]) -> int | None:
+    """A locked descriptor of the file; None where the file system has no locks. Raises InputError if it is taken."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        has_locks = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(_in_words(path, record)) from None
+        except OSError:
+            has_locks = False
+        is_local = record.get("host") == socket.gethostname()
+        if record and not (has_locks and is_local) and _goes_on(path, record):
+            raise InputError(_in_words(path, record))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if not has_locks:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _goes_on(path: Path, record: dict[str, Any]) -> bool:
+    """Whether a writer's count goes on: clocks of other hosts need not agree with ours."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        time.sleep(0.25)
+        with contextlib.suppress(OSError), h5py.File(path, "r", locking=False) as handle:
+            now = _record(handle)
+            if now != record:
+                return bool(now)
+    return False
+
+
+def _record(handle: h5py.File) -> dict[str, Any]:
+    """What the last writer left; nothing if it went in good order, or the file is older than this."""
+    try:
+        text = bytes(handle[RECORD][()]).decode()
+        found = json.loads(text) if text else {}
+        return found if isinstance(found, dict) else {}
+    except (KeyError, ValueError, OSError):
+        return {}
+
+
+def _write(handle: h5py.File, text: str) -> None:
+    if RECORD in handle:
+        handle[RECORD][()] = text.encode()[: RECORD_BYTES - 1]
+        handle.flush()
+
+
+def _in_words(path: Path, record: dict[str, Any]) -> str:
+    who = (
+        f"process {record.get('pid')} on {record.get('host')} since {record.get('started')}"
+        if record
+        else "another process"
+    )
+    return f"{path} is being written by {who}; wait for it, stop it, or choose another --out"
