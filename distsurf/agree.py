@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distsurf.distribute.ranks import Ranks
+from distsurf.errors import InputError
 from distsurf.job import Job
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.fast.trace import Refused
@@ -50,6 +51,7 @@ def agree_on_recipe(
             if before is not None:
                 recipe = replace(before, batch_size=job.data.batch_size or before.batch_size)
             if passes > 0:
+                _require_same_steps(job, before, out)
                 evaluator.recipe = recipe = replace(recipe, steps=())
                 if job.run.fast:
                     asked = None if job.run.fast is True else tuple(job.run.fast)
@@ -64,6 +66,16 @@ def agree_on_recipe(
             size = evaluator.tune(passes)
         recipe = evaluator.recipe = replace(recipe, batch_size=ranks.broadcast(size))
     return recipe
+
+
+def _require_same_steps(job: Job, before: Recipe | None, out: Path | None) -> None:
+    """Raise InputError where a file is to be continued otherwise than it was begun: it can tell of one way only."""
+    if before is not None and job.run.fast is not True and set(job.run.fast or ()) != set(before.steps):
+        raise InputError(
+            f"{out} was begun with {', '.join(before.steps) or 'no'} steps of the fast path, and "
+            f"{', '.join(job.run.fast or ()) or 'none'} asked for now; leave --plain and run.fast out to continue it, "
+            "or start anew with --fresh"
+        )
 
 
 def _tell(recipe: Recipe, say: Callable[[str], None]) -> None:

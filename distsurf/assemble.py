@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from distsurf import zoo
-from distsurf.errors import DistsurfError, InputError
+from distsurf.errors import DistsurfError, InputError, in_one_line
 from distsurf.files import replacing
 from distsurf.job import LIVE, Job
 from distsurf.names import nearest
@@ -76,7 +76,7 @@ def build_splits(job: Job, live: Live | None) -> dict[str, Split]:
     except DistsurfError:
         raise
     except Exception as error:  # the user's own Dataset or generator
-        raise InputError(f"reading the data raised {type(error).__name__}: {error}") from error
+        raise InputError(f"reading the data raised {in_one_line(error)}") from error
 
 
 def wanted_splits(job: Job, splits: Mapping[str, Split]) -> list[Split]:
@@ -176,11 +176,11 @@ def find_callable(name: str, where: str) -> Callable[..., Any]:
         else:
             module = importlib.import_module(module_name)
     except (ImportError, FileNotFoundError) as error:
-        raise InputError(f"{where} = {name!r}: {error}") from error
+        raise InputError(f"{where} = {name!r}: {' '.join(str(error).split())}") from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         line = getattr(error, "lineno", None) or place.lineno
-        raise InputError(f"{where} = {name!r}: {type(error).__name__}: {error} (line {line})") from error
+        raise InputError(f"{where} = {name!r}: {in_one_line(error)} (line {line})") from error
     function: Any = module
     for part in attribute.split("."):
         function = getattr(function, part, None)
@@ -221,7 +221,7 @@ def _call(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str,
     except DistsurfError:
         raise
     except Exception as error:
-        raise InputError(f"{where} = {name!r} raised {type(error).__name__}: {error}") from error
+        raise InputError(f"{where} = {name!r} raised {in_one_line(error)}") from error
 
 
 # -- training ---------------------------------------------------------------------------------------------

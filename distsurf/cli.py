@@ -108,7 +108,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def verb(name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text, parents=[common])
+        sub = verbs.add_parser(name, prog=f"distsurf {name}", help=text, description=text, parents=[common])
         sub.set_defaults(verb=call)
         return sub
 
@@ -167,7 +167,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     bench.add_argument(
         "--steps", action="store_true", help="also show what each step of the fast path brings"
     )
-    bench.add_argument("--samples", type=int, default=2000, help="images, for the built-in networks (2000)")
+    bench.add_argument("--samples", type=int, help="images, for the built-in networks (2000)")
     bench.add_argument("--rounds", type=int, default=5, help="points that each way evaluates (5)")
     bench.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
@@ -385,12 +385,17 @@ def _bench(options: argparse.Namespace) -> int:
     import json
 
     from distsurf.bench import compare
+    from distsurf.output import require_writable
 
-    if options.rounds < 1 or options.samples < 1:
+    if options.rounds < 1 or (options.samples is not None and options.samples < 1):
         raise InputError("--rounds and --samples: expected 1 or more")
+    if options.json is not None:
+        require_writable(options.json)
     if options.job is None or options.job in compare.NETWORKS:
-        job = compare.built_in(options.job or compare.NETWORKS[0], options.samples, options.set)
+        job = compare.built_in(options.job or compare.NETWORKS[0], options.samples or 2000, options.set)
     else:
+        if options.samples is not None:
+            raise InputError("--samples is for the built-in networks; a job file brings its own data")
         if not Path(options.job).exists():
             names = ", ".join(compare.NETWORKS)
             raise InputError(f"{options.job!r} is no job file, and no built-in network ({names})")

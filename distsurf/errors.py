@@ -32,3 +32,8 @@ class DamagedFile(DistsurfError):
     """A surface file whose contents contradict themselves."""
 
     exit_code = 4
+
+
+def in_one_line(error: BaseException) -> str:
+    """Any error's kind and message, whatever lines its author gave it."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -167,6 +167,11 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Random state at every point, for models that draw random numbers in evaluation."""
 
+    @field_validator("fast", mode="before")
+    @classmethod
+    def _of_one(cls, fast: Any) -> Any:
+        return [fast] if isinstance(fast, str) else fast
+
 
 class OutputSection(Section):
     """Where the results go."""

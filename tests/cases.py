@@ -193,6 +193,34 @@ class CountingImages(nn.Module):
         return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3))) * self.calls
 
 
+class CountingInAPart(nn.Module):
+    """A counter in a sub-module, of whole numbers, that is 1 in the first batch of a point: as when it was traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = CountingImages()
+        self.inner.calls = torch.zeros((), dtype=torch.int64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.calls.add_(1)
+        inner = self.inner
+        return inner.head(F.relu(inner.norm(inner.conv(x))).mean((2, 3))) * (1 + 0.5 * inner.calls)
+
+
+class ReplacingImages(nn.Module):
+    """Puts another tensor in a buffer's place, and of another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, CLASSES)
+        self.register_buffer("seen", torch.zeros(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(F.relu(self.norm(self.conv(x))).mean((2, 3))) + self.seen
+        self.seen = 0.9 * self.seen + 0.1 * y.mean(0)
+        return y
+
+
 def _hooked_images() -> nn.Module:
     model = Residual()
     model.bn1.register_forward_hook(lambda module, inputs, output: output + 1)
@@ -329,6 +357,8 @@ CASES = [
     Case("batch_statistics", lambda: OldView(statistics=False), _pictures),
     Case("branching_images", _trained(BranchingImages), _pictures),
     Case("counting_images", _trained(CountingImages), _pictures),
+    Case("counting_in_a_part", _trained(CountingInAPart), _pictures),
+    Case("replacing_images", _trained(ReplacingImages), _pictures),
     Case("hooked_images", _trained(_hooked_images), _pictures),
     Case("parametrized_images", _trained(_parametrized_images), _pictures),
     Case(

@@ -67,6 +67,7 @@ def test_fingerprint_is_canonical() -> None:
         ("gird.x=1", ["unknown key gird", "did you mean 'grid'?"]),
         ("grid.w=0:1:2", ["unknown key grid.w", "There is x, y, z"]),
         ("model.checkpiont=a", ["unknown key model.checkpiont", "did you mean 'checkpoint'?"]),
+        ("run.fast=warp", ["run.fast.0 = 'warp'", "expected 'fold'"]),
         ("run.precision=fp8", ["run.precision = 'fp8'", "expected 'fp32', 'fp64', 'tf32', 'bf16' or 'fp16'"]),
         ("directions.seed=-1", ["directions.seed = -1", "greater than or equal to 0"]),
         ("data.batch_size=many", ["data.batch_size = 'many'", "expected a valid integer"]),

@@ -117,11 +117,11 @@ class ModelEvaluator:
         return self._network.points_per_pass
 
     def __enter__(self) -> ModelEvaluator:
-        if getattr(self._model, _BORROWED, False):
+        if _BORROWED in vars(self._model):
             raise InputError(
                 "this model is already being evaluated (in another thread?); give each call its own copy"
             )
-        setattr(self._model, _BORROWED, True)
+        vars(self._model)[_BORROWED] = True  # some script modules refuse to have attributes deleted
         try:
             self._put_to_work(self._plain)
             self._probe()
@@ -134,8 +134,7 @@ class ModelEvaluator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._take_from_work()
-        if hasattr(self._model, _BORROWED):
-            delattr(self._model, _BORROWED)
+        vars(self._model).pop(_BORROWED, None)
 
     # -- how points are evaluated -------------------------------------------------------------------------
 
@@ -145,11 +144,16 @@ class ModelEvaluator:
         """Find the steps of the fast path that hold at these ``points`` ``(P, D)``, and use them.
 
         ``passes``: how many points are to be evaluated in all; the sample on which steps are verified is small enough
-        for the whole to take about a hundredth of that. ``wanted``: try these steps only, however fast they are.
+        for the whole to take about a hundredth of that; where even the smallest sample would take longer than the job
+        itself, nothing is tried. ``wanted``: try these steps only, however fast they are.
         """
         per_sample = 8 * len(points)  # passes of the verification over each of its samples, roughly
-        most = passes * sum(feed.samples for feed in self._feeds) / 100 / per_sample
-        size = int(max(SAMPLE[0], min(SAMPLE[1], most)))
+        work = passes * sum(feed.samples for feed in self._feeds)
+        if wanted is None and work < per_sample * SAMPLE[0] * len(self._feeds):
+            why = "the job is too small for a verification to pay"
+            self.recipe = replace(self.recipe, dropped=dict.fromkeys(STEPS, why))
+            return self.recipe
+        size = int(max(SAMPLE[0], min(SAMPLE[1], work / 100 / per_sample)))
         choice = choose(
             self._plain,
             lambda network, precision: self._on_sample(network, precision, size),
@@ -268,7 +272,12 @@ class ModelEvaluator:
         return found
 
     def _on_sample(self, network: Network, precision: Precision, size: int) -> tuple[Running, Batches]:
-        batches = [(feed.name, feed.sample(size, precision.sums)) for feed in self._feeds]
+        # Two batches each, since one does not show what a pass leaves behind for the next.
+        batches = [
+            (feed.name, batch)
+            for feed in self._feeds
+            for batch in feed.sampled_batches(-(-size // 2), precision.sums)
+        ]
         recomputation = None
         if self._statistics is not None:
             few = self._statistics.sampled_batches(size, precision.sums)
@@ -316,6 +325,7 @@ class ModelEvaluator:
         columns = []
         origin = np.zeros((1, self._plain.subspace.dimension))
         running, _ = self._on_sample(self._plain, self._precision, SAMPLE[0])
+        untraceable = ""
         for feed in self._feeds:
             split, batch = feed.name, next(iter(feed.batches(self.recipe.batch_size)))
             try:
@@ -324,9 +334,12 @@ class ModelEvaluator:
                     # A copy: should the model write to its inputs, the user's data is still whole when we refuse.
                     first = map_tree(torch.Tensor.clone, batch)
                     versions = [tensor._version for tensor in tensors_of(first)]
-                    random_state = self._seeded()
+                    buffers, random_state = running.buffers(), self._seeded()
                     totals = running.totals(first)
                     self.draws_random_numbers |= not torch.equal(random_state, self._random_state())
+                    changed = running.changed(buffers)
+                    if changed:
+                        untraceable = f"a forward pass changes {', '.join(changed[:3])}"
                     running.move_to(origin)
                     self._seeded()
                     again = running.totals(first)
@@ -360,6 +373,9 @@ class ModelEvaluator:
                     f"two columns are called {name!r}: rename a split or a value of the objective"
                 )
         self.columns = tuple(columns)
+        if not self.is_repeatable:
+            untraceable = "the model or objective gives different values for the same weights and data"
+        self._plain = replace(self._plain, untraceable=untraceable)
 
     def _seeded(self) -> torch.Tensor:
         """Set the random state; returns what it then is."""

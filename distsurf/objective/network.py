@@ -41,6 +41,8 @@ class Network:
     channels_last: bool = False
     is_traced: bool = False
     """Whether the module is a graph of ours rather than the user's own."""
+    untraceable: str = ""
+    """Why a graph of the module would not do what the module does, if that is known."""
     points_per_pass: int = 1
     is_captured: bool = False
     """Whether its passes are CUDA graphs."""
@@ -144,6 +146,8 @@ class Running:
 
         ``coordinates`` ``(P, D)`` are those of as many points as one pass evaluates, or fewer.
         """
+        for borrowing in self._borrowings:
+            borrowing.reset()
         for row in range(self.network.points_per_pass):
             self._tensors.move_to(coordinates[min(row, len(coordinates) - 1)].tolist())
             if self._recomputation is not None:
@@ -152,6 +156,19 @@ class Running:
                 self._folded.refresh()
             if self._stack is not None:
                 self._stack.put(row)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers as they are now."""
+        return self._tensors.copies()
+
+    def changed(self, before: Mapping[str, Tensor]) -> list[str]:
+        """Names of buffers that are not what they were ``before``, or were replaced; the next move undoes that."""
+        replaced = [name for borrowing in self._borrowings for name in borrowing.reset()]
+        now = self._tensors.copies()
+        return [
+            *(n for n, was in before.items() if not torch.equal(was.nan_to_num(), now[n].nan_to_num())),
+            *replaced,
+        ]
 
     def totals(self, batch: Any) -> Totals:
         """The objective's sums and counts of one batch: numbers, or ``(points_per_pass,)`` where that is above 1."""
@@ -225,6 +242,11 @@ class Entrance(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A part of a module that has parts."""
+        part: Any = self.module
+        return part[key]
 
     def _inward(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -82,6 +82,10 @@ class MovingTensors:
             self.values.update(group.views)
             self.seen.update(group.views)
 
+    def copies(self) -> dict[str, Tensor]:
+        """The fixed tensors as they are now."""
+        return {name: view.clone() for group in self._fixed for name, view in group.views.items()}
+
     @torch.no_grad()
     def move_to(self, coordinates: Sequence[float]) -> None:
         """Set the moving tensors to θ0 + Σ c_k d_k and the fixed ones to their stored values."""
@@ -118,7 +122,8 @@ class Borrowed:
     """A module in evaluation mode whose tensors are others' memory for the time of a ``with`` block.
 
     The module's own storage is never written: parameters and buffers point to the given tensors meanwhile, and back to
-    their own afterwards, whatever happened in between. Tensors without a name there stay as they are.
+    their own afterwards, whatever happened in between. Tensors without a name there stay as they are. A forward pass
+    that puts other tensors in their places (``self.mean = …``) is undone by `reset`.
     """
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]):
@@ -131,6 +136,13 @@ class Borrowed:
             ):  # a tied tensor has several names, perhaps only one known
                 known.add(id(own))
                 self._bound.append((own, tensors[name]))
+        self._places: list[tuple[dict[str, Any], str, Tensor | None]] = [
+            (table, name, tensor)
+            for layer in module.modules()
+            for table in (layer._parameters, layer._buffers)
+            if type(table) is dict  # script modules have tables of their own, and replace nothing
+            for name, tensor in table.items()
+        ]
         self._restore: list[tuple[Tensor, Tensor]] = []
         self._training: list[tuple[nn.Module, bool]] = []
 
@@ -142,9 +154,17 @@ class Borrowed:
         self._module.eval()
         return self
 
+    def reset(self) -> list[str]:
+        """Put the module's own tensors back in their places. Returns the names of those that were not there."""
+        moved = [place for place in self._places if place[0].get(place[1]) is not place[2]]
+        for table, name, tensor in moved:
+            table[name] = tensor
+        return [name for _, name, _ in moved]
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.reset()
         for tensor, own in self._restore:
             tensor.data = own
         for module, training in self._training:

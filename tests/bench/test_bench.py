@@ -145,6 +145,8 @@ def test_plan_tells_what_a_run_will_take(processes: Processes) -> None:
         (["bench", "resnet65"], "is no job file, and no built-in network"),
         (["bench", "--rounds", "0"], "--rounds"),
         (["bench", "--precision", "fp23"], "no precision 'fp23'"),
+        (["bench", __file__, "--samples", "5"], "--samples is for the built-in networks"),
+        (["bench", "--json", "/proc/none/b.json"], "cannot write to the folder"),
         (["plan", "--ranks", "0"], "--ranks"),
         (["plan", "--set", "model.factory=resnet9"], "measuring distsurf failed: no model 'resnet9'"),
     ],

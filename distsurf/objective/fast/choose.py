@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -93,7 +95,8 @@ def choose(
         try:
             candidate = step(network, at)
             for precision, theirs in zip(precisions, expected, strict=True):
-                mine = readings(candidate, precision, points)
+                with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints what it then raises
+                    mine = readings(candidate, precision, points)
                 problem = disagreement(mine, theirs, exact, precision.compute)
                 if problem:
                     in_words = " in float32" if precision is not at.precision else ""
@@ -103,6 +106,8 @@ def choose(
                 if took > without:
                     raise Refused(f"{took / without:.2g} times slower here")
         except NotApplicable:
+            if wanted is not None:
+                dropped[name] = "there is nothing for it to do here"
             continue
         except Refused as refusal:
             dropped[name] = str(refusal)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from distsurf.objective.fast.trace import NotApplicable, calls, layer_of, only_user, trace
+from distsurf.objective.fast.trace import NotApplicable, Refused, calls, layer_of, only_user, trace
 from distsurf.subspace.moving import FlatTensors
 from distsurf.subspace.weights import Layout, Subspace
 
@@ -70,6 +70,8 @@ def fold(network: Network, *, recomputed: bool, dtype: type[np.floating] = np.fl
     """
     if not any(type(m) in _FOLDS_INTO.values() for m in network.module.modules()):
         raise NotApplicable
+    if network.untraceable:
+        raise Refused(network.untraceable)
     graph = trace(network.module)
     known = {*network.subspace.layout.names, *network.fixed}
     pairs = _take_out(graph, known)

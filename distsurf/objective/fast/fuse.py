@@ -71,6 +71,8 @@ def fuse(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
     if not any(isinstance(layer, nn.Conv2d) for layer in network.module.modules()):
         raise NotApplicable
     kernel = _kernel(device, dtype)
+    if network.untraceable:
+        raise Refused(network.untraceable)
     graph = trace(network.module)
     # In this order, so that the first layer's result is known as a convolution's when it comes to overwriting it.
     count = _fuse_activations(graph, kernel) + _fuse_additions(graph, kernel)

@@ -19,8 +19,9 @@ from distsurf.objective.network import Running
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """By how much of the largest output at a point a step may change any output, if the plain module's own error against
-float64 is not larger still: then by `ERRORS` times that. A few times the type's rounding over a deep network."""
-ERRORS = 4.0
+float64 is not larger still: then by `ERRORS` times that, and `MOST_ERRORS` times the tolerance at most (a module may
+have a reduced precision of its own, which is not to be lost). A few times the type's rounding over a deep network."""
+ERRORS, MOST_ERRORS = 4.0, 100.0
 VALUE_TOLERANCE = 1e-3
 """Relative, for the objective's values where outputs could be compared too; a small loss is the difference of large
 outputs. Where they could not be compared, values have to agree as outputs have to."""
@@ -60,12 +61,13 @@ def read(
             outputs.clear()
             running.move_to(group)
             torch.manual_seed(seed)
-            found: dict[str, NDArray[np.float64]] = {}
+            sums: dict[str, list[NDArray[np.float64]]] = {}
             for split, batch in batches:
-                for name, (total, count) in running.totals(batch).items():
-                    column = f"{split}_{name}" if split else name
-                    with np.errstate(all="ignore"):
-                        found[column] = np.atleast_1d(_numpy(total) / _numpy(count))
+                for name, totals in running.totals(batch).items():
+                    column = sums.setdefault(f"{split}_{name}" if split else name, [np.zeros(1), np.zeros(1)])
+                    column[:] = [sum_ + _numpy(part) for sum_, part in zip(column, totals, strict=True)]
+            with np.errstate(all="ignore"):
+                found = {name: total / count for name, (total, count) in sums.items()}
             readings += [
                 Reading(
                     tuple(point.tolist()),
@@ -94,8 +96,9 @@ def disagreement(
         compared = len(mine.outputs) == len(theirs.outputs) > 0
         if compared:
             for a, b, c in zip(mine.outputs, theirs.outputs, truth.outputs, strict=True):
-                error = _relative(a, b, c)
-                allowed = max(TOLERANCE[dtype], ERRORS * _relative(b, b, c))
+                error = _relative(a, b, b, c)
+                own = min(ERRORS * _relative(b, c, b, c), MOST_ERRORS * TOLERANCE[dtype])
+                allowed = max(TOLERANCE[dtype], own)
                 if not error <= allowed:
                     return (
                         f"outputs differ by {error:.2g} of their size {_at(mine)}, {allowed:.2g} is allowed"
@@ -115,15 +118,17 @@ def disagreement(
     return ""
 
 
-def _relative(a: NDArray[np.float64], b: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
-    """Largest difference between ``a`` and ``truth`` where ``b`` is finite, by the largest true output."""
-    if a.shape != b.shape or not np.array_equal(np.isfinite(a), np.isfinite(b)):
+def _relative(
+    a: NDArray[np.float64], b: NDArray[np.float64], plain: NDArray[np.float64], truth: NDArray[np.float64]
+) -> float:
+    """Largest difference of ``a`` and ``b`` where plain and true outputs are finite, by the largest true output."""
+    if a.shape != plain.shape or not (a is plain or np.array_equal(np.isfinite(a), np.isfinite(plain))):
         return math.inf
-    finite = np.isfinite(b) & np.isfinite(truth)
+    finite = np.isfinite(plain) & np.isfinite(truth)
     if not finite.any():
         return 0.0
     largest = float(np.abs(truth[finite]).max())
-    difference = float(np.abs(a[finite] - truth[finite]).max())
+    difference = float(np.abs(a[finite] - b[finite]).max())
     return difference / largest if largest > 0 else difference
 
 
