@@ -1,7 +1,7 @@
 """Several grid points in one pass over the data, for networks too small to fill a GPU.
 
-`torch.func.vmap` turns the layers of all points into one batched kernel each. Only on GPUs: a CPU is filled by one point,
-and slower with several.
+`torch.func.vmap` turns the layers of all points into one batched kernel each. Only on GPUs: one point fills a CPU, and
+several are slower there.
 """
 
 from __future__ import annotations
