@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +41,7 @@ def agree_on_recipe(
     """
     grid = job.grid.grid()
     points = sampled_points(grid)
+    asked = None if job.run.fast is True else tuple(job.run.fast or ())
     before: Recipe | None = None
     recipe = Recipe(batch_size=job.data.batch_size or DEFAULT_BATCH)
     passes = 0.0
@@ -51,12 +52,11 @@ def agree_on_recipe(
             if before is not None:
                 recipe = replace(before, batch_size=job.data.batch_size or before.batch_size)
             if passes > 0:
-                _require_same_steps(job, before, out)
+                _require_same_steps(asked, before, out)
                 evaluator.recipe = recipe = replace(recipe, steps=())
-                if job.run.fast:
-                    asked = None if job.run.fast is True else tuple(job.run.fast)
+                if before is None or before.steps:
                     recipe = evaluator.choose(points, grid.size, asked if before is None else before.steps)
-                _tell(recipe, say)
+                    _tell(recipe, say)
     recipe, passes, is_new = ranks.broadcast((recipe, passes, before is None))
     if passes > 0 and recipe.steps:
         recipe = _on_every_rank(ranks, job, evaluator, recipe, points, say)
@@ -68,12 +68,15 @@ def agree_on_recipe(
     return recipe
 
 
-def _require_same_steps(job: Job, before: Recipe | None, out: Path | None) -> None:
+def _require_same_steps(asked: Collection[str] | None, before: Recipe | None, out: Path | None) -> None:
     """Raise InputError where a file is to be continued otherwise than it was begun: it can tell of one way only."""
-    if before is not None and job.run.fast is not True and set(job.run.fast or ()) != set(before.steps):
+    if asked is None or before is None:
+        return
+    # What was tried and did not hold may be asked for again.
+    if not set(before.steps) <= set(asked) <= {*before.steps, *before.dropped}:
         raise InputError(
             f"{out} was begun with {', '.join(before.steps) or 'no'} steps of the fast path, and "
-            f"{', '.join(job.run.fast or ()) or 'none'} asked for now; leave --plain and run.fast out to continue it, "
+            f"{', '.join(asked) or 'none'} asked for now; to continue it leave --plain and run.fast out, "
             "or start anew with --fresh"
         )
 

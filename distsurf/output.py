@@ -70,8 +70,10 @@ def recorded(out: Path | None, fresh: bool) -> tuple[Recipe | None, int | None]:
         missing = int(np.isin(file.status(), (Status.PENDING, Status.FAILED)).sum())
         told = file.facts.get("evaluation")
         if told is not None:
-            told = {name: value for name, value in told.items() if name != "precision"}
-            return Recipe.recorded(told), missing
+            try:
+                return Recipe.recorded(told), missing
+            except (TypeError, KeyError, AttributeError) as error:
+                raise InputError(f"{out} does not tell readably how it was evaluated: {error}") from error
         # Written before there was a fast path.
         return Recipe(batch_size=int(file.fingerprint.get("batch_size", DEFAULT_BATCH))), missing
 

@@ -66,7 +66,7 @@ def evaluate(
     batch_size: int = 0,
     target: str | None = None,
     precision: str = "fp32",
-    plain: bool = False,
+    fast: bool | list[str] = True,
     device: str = "auto",
     threads: int = 0,
     name: str = "surface",
@@ -89,7 +89,7 @@ def evaluate(
             the training data at every point.
         batch_size: samples per forward pass; 0 finds the fastest.
         precision: ``fp32`` (strict), ``fp64``, ``tf32``, ``bf16`` or ``fp16``.
-        plain: evaluate the module as it is, without looking for faster ways to the same values.
+        fast: whether to look for faster ways to the same values, or the names of the steps to try.
         out: a surface file to write, and to continue from if it is there; without it the result is in memory only.
         fresh: start anew even if ``out`` exists (the old file is kept under another name).
 
@@ -123,7 +123,7 @@ def evaluate(
                 "orthogonalize": orthogonalize,
             },
             "grid": {"x": x, "y": y, "z": z},
-            "run": {"precision": precision, "device": device, "threads": threads, "fast": not plain},
+            "run": {"precision": precision, "device": device, "threads": threads, "fast": fast},
         },
         origin="evaluate",
     )

@@ -171,7 +171,7 @@ def test_stop_and_resume_gives_the_same_bits(
 ) -> None:
     model, x, y = trained
     # Plainly: with the hook below nothing else is possible, and without it something faster is.
-    options: dict[str, Any] = {"x": "-1:1:5", "y": "-1:1:5", "plain": True, "progress": "none"}
+    options: dict[str, Any] = {"x": "-1:1:5", "y": "-1:1:5", "fast": False, "progress": "none"}
     whole = distsurf.evaluate(model, (x, y), **options)
     calls = []
 
@@ -409,7 +409,7 @@ def test_fast_path_is_recorded_and_changes_nothing_that_is_published() -> None:
     model, data = _pictures()
     settings: dict[str, Any] = {"x": "-1:1:5", "y": "-1:1:5", "batch_size": 10, "progress": "none"}
     fast = distsurf.evaluate(model, data, **settings)
-    plain = distsurf.evaluate(model, data, plain=True, **settings)
+    plain = distsurf.evaluate(model, data, fast=False, **settings)
     assert fast.facts["evaluation"]["steps"] == ["fold", "channels_last", "fuse"]
     assert plain.facts["evaluation"]["steps"] == []
     assert plain.facts["evaluation"]["errors"] == []
@@ -479,7 +479,7 @@ def test_a_file_is_continued_with_the_steps_it_was_begun_with(tmp_path: Path) ->
     model, data = _pictures()
     settings: dict[str, Any] = {"x": "-1:1:12", "out": tmp_path / "s.h5", "progress": "none"}
     for plain, steps in ((True, []), (False, ["fold", "channels_last", "fuse"])):
-        begun = distsurf.evaluate(model, data, plain=plain, fresh=True, **settings)
+        begun = distsurf.evaluate(model, data, fast=not plain, fresh=True, **settings)
         assert begun.facts["evaluation"]["steps"] == steps
         with h5py.File(tmp_path / "s.h5", "r+") as h5:
             h5["status"][1] = Status.PENDING
@@ -574,7 +574,7 @@ def test_what_a_pass_leaves_behind_counts_from_batch_to_batch(name: str) -> None
     model, data = case.make()
     before = {key: (id(tensor), tensor.clone()) for key, tensor in model.named_buffers()}
     settings: dict[str, Any] = {"x": "-1:1:9", "y": "-1:1:5", "batch_size": 10, "progress": "none"}
-    fast, plain = (distsurf.evaluate(model, data, plain=plain, **settings) for plain in (False, True))
+    fast, plain = (distsurf.evaluate(model, data, fast=not plain, **settings) for plain in (False, True))
     np.testing.assert_allclose(fast["loss"], plain["loss"], rtol=1e-5)
     again = distsurf.evaluate(model, data, **settings)
     assert again["loss"].tobytes() == fast["loss"].tobytes()
@@ -620,7 +620,7 @@ def test_what_a_graph_would_lose_is_evaluated_plainly(
     assert reason in told["dropped"]["fold"]
     assert capfd.readouterr().err == ""
     if mood != "random":
-        plain = distsurf.evaluate(model, data, plain=True, **settings)
+        plain = distsurf.evaluate(model, data, fast=False, **settings)
         np.testing.assert_allclose(surface["loss"], plain["loss"], rtol=1e-3 if mood == "autocast" else 1e-5)
 
 
@@ -630,6 +630,17 @@ def test_script_modules_can_be_evaluated_again(make: Any) -> None:
     data = torch.randn(20, 5), torch.randint(4, (20,))
     for _ in range(2):
         assert distsurf.evaluate(model, data, x="0:1:2", progress="none").complete
+
+
+@pytest.mark.parametrize(
+    "settings", [{"x": "-1:1:12", "y": "-1:1:5", "fast": False}, {"x": "-1:1:2", "y": "-1:1:2"}]
+)
+def test_the_error_of_a_reduced_precision_is_measured_whatever_the_steps(settings: dict[str, Any]) -> None:
+    model, data = _pictures()
+    told = distsurf.evaluate(model, data, precision="bf16", progress="none", **settings).facts["evaluation"]
+    assert told["steps"] == []
+    assert [error["at"] for error in told["errors"]] == [[0, 0], [-1, -1], [-1, 1], [1, -1], [1, 1]]
+    assert any(got != exact for error in told["errors"] for exact, got in [error["values"]["loss"]])
 
 
 def test_small_jobs_are_not_worth_a_verification() -> None:
@@ -645,8 +656,25 @@ def test_a_file_tells_of_one_way_only(tmp_path: Path) -> None:
     distsurf.evaluate(model, data, **settings)
     with h5py.File(tmp_path / "s.h5", "r+") as h5:
         h5["status"][1] = Status.PENDING
+    for asked in (["fold"], ["fold", "channels_last", "fuse", "many"]):
+        with pytest.raises(InputError, match=r"begun with fold, channels_last, fuse .* asked for now"):
+            distsurf.evaluate(model, data, fast=asked, **settings)
     with pytest.raises(
         InputError, match=r"begun with fold, channels_last, fuse .* none asked for now; .* --fresh"
     ):
-        distsurf.evaluate(model, data, plain=True, **settings)
+        distsurf.evaluate(model, data, fast=False, **settings)
     assert distsurf.evaluate(model, data, **settings).complete
+
+
+def test_steps_that_were_asked_for_and_did_not_hold_may_be_asked_for_again(tmp_path: Path) -> None:
+    """The same call continues its file, though not all of its steps were taken."""
+    model, data = _pictures()
+    settings: dict[str, Any] = {
+        "x": "-1:1:12", "out": tmp_path / "s.h5", "progress": "none", "fast": ["fold", "graph"]
+    }  # fmt: skip
+    begun = distsurf.evaluate(model, data, **settings)
+    assert begun.facts["evaluation"]["steps"] == ["fold"]
+    assert begun.facts["evaluation"]["dropped"] == {"graph": "there is nothing for it to do here"}
+    with h5py.File(tmp_path / "s.h5", "r+") as h5:
+        h5["status"][1] = Status.PENDING
+    assert distsurf.evaluate(model, data, **settings)["loss"].tobytes() == begun["loss"].tobytes()

@@ -65,6 +65,7 @@ def bench(
             contenders[name] = Contender(way, path, threads)
             stack.callback(contenders[name].close)
             about[name] = contenders[name].ready()
+            about[name] |= contenders[name].cost()
             return about[name]
 
         start("textbook", "textbook", "fp32")
@@ -121,6 +122,8 @@ def _result(
             "against_plain": median("plain", "seconds") / seconds,
             "values": [answer["values"] for answer in answers[name]],
         }
+        if "batch_size" in about[name]:
+            way["batch_size"] = about[name]["batch_size"]
         if "steps" in about[name]:
             precision = about[name]["precision"]
             rate, bandwidth = (median(f"machine {precision}", k) for k in ("flop_per_s", "bytes_per_s"))
@@ -129,7 +132,6 @@ def _result(
                 "precision": precision,
                 "steps": list(made["steps"]),
                 "dropped": made["dropped"],
-                "batch_size": made["batch_size"],
                 "flop_per_sample": made["flop"],
                 "bytes_per_sample": made["traffic"],
                 "matrix_flop_per_s": rate,
@@ -173,6 +175,8 @@ def table(result: dict[str, Any]) -> list[str]:
             steps = ", ".join(way["steps"]) or "plain"
             line += f"{way['share_of_matrix_rate']:16.0%}{way['share_of_memory_bandwidth']:11.0%}"
             line += f"  {steps}; batches of {way['batch_size']}"
+        elif "batch_size" in way:
+            line += f"{'':27}  batches of {way['batch_size']}"
         lines.append(line)
     lines.append("")
     for name, way in result["ways"].items():

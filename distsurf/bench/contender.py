@@ -2,8 +2,8 @@
 
     python -m distsurf.bench.contender WAY JOB.toml THREADS NODE_RANK
 
-It reads coordinates as JSON from standard input, one point a line, and answers with one line of JSON each; the first
-line that it writes is about itself. `Contender` is the other end.
+It reads coordinates as JSON from standard input, one point a line, and answers with one line of JSON each; to `COST` it
+tells what a pass costs. The first line that it writes is about itself. `Contender` is the other end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,13 @@ from distsurf.objective.data import Split, map_tree, tensors_of
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.precision import PRECISIONS, arithmetic
 from distsurf.objective.recipe import DEFAULT_BATCH
+from distsurf.objective.tune import TIMED, tune_batch_size
 from distsurf.run import Prepared, prepare
 
 MARK = "distsurf-bench:"
 """What stands before our lines: a user's code may print lines of its own."""
+COST = "cost"
+"""The question that is no point."""
 TEXTBOOK_BATCH, TEXTBOOK_WORKERS = 128, 2
 Answer = dict[str, Any]
 
@@ -48,12 +53,14 @@ class Contender:
     """A contender's process, from outside. Raises InputError with what it said if it fails."""
 
     def __init__(self, way: str, job: Path, threads: int = 0, node_rank: int = 0):
-        self.way = way
+        self._way = way
+        # A pipe that nobody reads would stop it when full.
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "distsurf.bench.contender", way, str(job), str(threads), str(node_rank)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._complaints,
             text=True,
         )
         self._started = time.monotonic()
@@ -64,11 +71,20 @@ class Contender:
         about["setup_s"] = time.monotonic() - self._started
         return about
 
+    def cost(self) -> Answer:
+        """What a pass costs per sample, counted."""
+        self._ask(COST)
+        return self._answer()
+
     def tell(self, point: list[float]) -> None:
         """Have it evaluate a point."""
+        self._ask(point)
+
+    def _ask(self, question: Any) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(point) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has died: the answer will tell
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
 
     def told(self) -> Answer:
         """Its answer, once the point is done."""
@@ -79,41 +95,43 @@ class Contender:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._complaints):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
 
     def _answer(self) -> Answer:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(MARK):
                 return dict(json.loads(line.removeprefix(MARK)))
-        _, said = self._process.communicate()
-        last = (said.strip().splitlines() or ["nothing"])[-1]
-        raise InputError(f"measuring {self.way} failed: {last}")
+        self._process.wait()
+        self._complaints.seek(0)
+        last = (self._complaints.read().strip().splitlines() or ["nothing"])[-1]
+        raise InputError(f"measuring {self._way} failed: {last[-300:]}")
 
 
 # -- inside the process -----------------------------------------------------------------------------------
 
 
-class _Way:
-    """One way to evaluate points; a context manager."""
+class _Way(ABC):
+    """One way to evaluate points."""
 
     about: Answer
 
-    def __enter__(self) -> _Way:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
+    @abstractmethod
     def evaluate(self, point: list[float]) -> Answer:
         """Evaluate a point; returns what is to be said beside the time it took."""
-        raise NotImplementedError
+
+    def cost(self) -> Answer:
+        """What a pass costs per sample; nothing where that is not known."""
+        return {}
 
 
 class _Machine(_Way):
     """No points at all, but the machine's rates."""
 
-    def __init__(self, job: Job, placement: Placement):
+    def __init__(self, job: Job, placement: Placement, stack: contextlib.ExitStack):
         self._device, self._precision = placement.device, PRECISIONS[job.run.precision]
         name = (
             torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else _cpu_name()
@@ -130,7 +148,7 @@ class _Machine(_Way):
 class _Loop(_Way):
     """What the two plain loops share: the model in evaluation mode, its weights set tensor by tensor."""
 
-    def __init__(self, job: Job, placement: Placement):
+    def __init__(self, job: Job, placement: Placement, stack: contextlib.ExitStack):
         if job.objective.batch_norm != "frozen":
             raise InputError("the plain loops of the bench know frozen batch norm only")
         self.model, prepared = _prepared(job, placement)
@@ -181,62 +199,71 @@ class _Textbook(_Loop):
 class _Plain(_Loop):
     """The best loop that plain torch gives: data in memory on the device, no gradients, one fetch per point."""
 
-    def __init__(self, job: Job, placement: Placement):
-        super().__init__(job, placement)
+    def __init__(self, job: Job, placement: Placement, stack: contextlib.ExitStack):
+        super().__init__(job, placement, stack)
+        placed = [split.map(lambda tensor: tensor.to(placement.device)) for split in self.splits]
+        largest = max(placed, key=lambda split: split.samples)
+
+        def seconds_per_sample(size: int) -> float:
+            batches = largest.batches(size)[: max(1, TIMED // size)]
+            found = []
+            for _ in range(3):
+                start = time.perf_counter()
+                self._values([("", batches)])
+                found.append(time.perf_counter() - start)
+            return min(found) / sum(len(tensors_of(batch)[0]) for batch in batches)
+
         size = job.data.batch_size or DEFAULT_BATCH
-        self._batches = [
-            (split.name, split.map(lambda tensor: tensor.to(placement.device)).batches(size))
-            for split in self.splits
-        ]
+        if job.data.batch_size == 0 and largest.whole:
+            size = tune_batch_size(seconds_per_sample, min(size, largest.samples), largest.samples, 10.0)
+        self._batches = [(split.name, split.batches(size)) for split in placed]
+        self.about["batch_size"] = size
 
     def evaluate(self, point: list[float]) -> Answer:
         self.place_weights(point)
+        return {"values": self._values(self._batches)}
+
+    def _values(self, splits: list[tuple[str, list[Any]]]) -> dict[str, float]:
         found: dict[str, torch.Tensor] = {}
         with torch.inference_mode(), arithmetic(PRECISIONS["fp32"]):
-            for name, batches in self._batches:
+            for name, batches in splits:
                 totals = [self.objective(self.model, batch) for batch in batches]
                 for key in totals[0]:
                     total, count = (sum(each[key][part] for each in totals) for part in (0, 1))
                     found[f"{name}_{key}".lstrip("_")] = total / count
-        return {"values": {name: float(value) for name, value in found.items()}}
+        return {name: float(value) for name, value in found.items()}
 
 
 class _Distsurf(_Way):
     """distsurf itself."""
 
-    def __init__(self, job: Job, placement: Placement):
+    def __init__(self, job: Job, placement: Placement, stack: contextlib.ExitStack):
         model, prepared = _prepared(job, placement)
-        self._evaluator = ModelEvaluator(
-            model,
-            prepared.subspace,
-            prepared.buffers,
-            prepared.splits,
-            assemble.build_objective(job, None),
-            batch_size=job.data.batch_size or DEFAULT_BATCH,
-            device=placement.device,
-            precision=job.run.precision,
-            seed=job.run.seed,
-            statistics=prepared.statistics,
+        self._evaluator = stack.enter_context(
+            ModelEvaluator(
+                model,
+                prepared.subspace,
+                prepared.buffers,
+                prepared.splits,
+                assemble.build_objective(job, None),
+                batch_size=job.data.batch_size or DEFAULT_BATCH,
+                device=placement.device,
+                precision=job.run.precision,
+                seed=job.run.seed,
+                statistics=prepared.statistics,
+            )
         )
-        self._job = job
+        recipe = agree_on_recipe(Ranks(), job, self._evaluator, None, False, lambda line: None)
         tensors = [t for split in prepared.splits for piece in split.pieces for t in tensors_of(piece)]
         self.about = {
             "samples": sum(split.samples for split in prepared.splits),
             "data_bytes": sum(t.numel() * t.element_size() for t in tensors),
-        }
-
-    def __enter__(self) -> _Distsurf:
-        evaluator = self._evaluator.__enter__()
-        recipe = agree_on_recipe(Ranks(), self._job, evaluator, None, False, lambda line: None)
-        self.about |= {
-            "precision": self._job.run.precision,
+            "precision": job.run.precision,
             **recipe.told(),
-            **evaluator.cost_per_sample(flop, traffic),
         }
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._evaluator.__exit__(None, None, None)
+    def cost(self) -> Answer:
+        return dict(self._evaluator.cost_per_sample(flop, traffic))
 
     def evaluate(self, point: list[float]) -> Answer:
         count = self._evaluator.points_per_pass
@@ -248,7 +275,7 @@ class _Distsurf(_Way):
         }
 
 
-_WAYS: dict[str, Callable[[Job, Placement], _Way]] = {
+_WAYS: dict[str, Callable[[Job, Placement, contextlib.ExitStack], _Way]] = {
     "textbook": _Textbook,
     "plain": _Plain,
     "distsurf": _Distsurf,
@@ -269,9 +296,8 @@ def _peak_bytes() -> int:
     """Most memory that this process ever had, on its GPU if it used one."""
     if torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    with contextlib.suppress(
-        OSError
-    ):  # not getrusage: on Linux that begins with what the parent had at the fork
+    # Not getrusage first: on Linux that begins with what the parent had at the fork.
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -297,12 +323,16 @@ def main(arguments: list[str]) -> int:
         placement = place(alone, job.run.device, int(threads))
         # The settings for malloc are part of what distsurf does; the others have a process as Python gives it.
         placement.apply() if way == "distsurf" else torch.set_num_threads(placement.threads)
-        with _WAYS[way](job, placement) as contender:
+        with contextlib.ExitStack() as stack:
+            contender = _WAYS[way](job, placement, stack)
             _say(contender.about)
             for line in sys.stdin:
-                point = json.loads(line)
+                question = json.loads(line)
+                if question == COST:
+                    _say(contender.cost())
+                    continue
                 start = time.perf_counter()
-                answer = contender.evaluate(point)
+                answer = contender.evaluate(question)
                 _say({"seconds": time.perf_counter() - start, "peak_bytes": _peak_bytes(), **answer})
     except DistsurfError as error:
         print(error, file=sys.stderr)

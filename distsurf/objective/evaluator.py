@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -24,24 +23,19 @@ from distsurf.objective.data import Split, describe, map_tree, tensors_of
 from distsurf.objective.fast.choose import choose
 from distsurf.objective.fast.steps import STEPS, Circumstances
 from distsurf.objective.fast.trace import NotApplicable, Refused
-from distsurf.objective.fast.verify import Batches, read
+from distsurf.objective.fast.verify import FLIPS, Batches, read_each
 from distsurf.objective.feed import Feed
 from distsurf.objective.losses import Objective, Supervised
 from distsurf.objective.network import Network, Recomputation, Running
 from distsurf.objective.precision import PRECISIONS, Precision, require_available
 from distsurf.objective.recipe import DEFAULT_BATCH, Recipe
-from distsurf.objective.tune import tune_batch_size
+from distsurf.objective.tune import fastest_batch_size
 from distsurf.subspace.weights import Subspace
 
 _BORROWED = "_distsurf_is_borrowed"
 _WRITES = "the model or objective changes its input data in place"
 SAMPLE = 8, 64
 """Least and most samples of each split on which steps of the fast path are verified."""
-TIMED = 256
-"""Samples in a timing of a batch size, at least."""
-SIZE_TOLERANCE = 1e-3
-"""Relative difference of sums that batches of another size may make; where samples of a batch act on each other (batch
-statistics in evaluation), it is larger."""
 
 
 class ModelEvaluator:
@@ -145,26 +139,32 @@ class ModelEvaluator:
 
         ``passes``: how many points are to be evaluated in all; the sample on which steps are verified is small enough
         for the whole to take about a hundredth of that; where even the smallest sample would take longer than the job
-        itself, nothing is tried. ``wanted``: try these steps only, however fast they are.
+        itself, no step is tried. ``wanted``: try these steps only, however fast they are; with none, only the error
+        of a reduced precision is measured.
         """
         per_sample = 8 * len(points)  # passes of the verification over each of its samples, roughly
         work = passes * sum(feed.samples for feed in self._feeds)
-        if wanted is None and work < per_sample * SAMPLE[0] * len(self._feeds):
-            why = "the job is too small for a verification to pay"
-            self.recipe = replace(self.recipe, dropped=dict.fromkeys(STEPS, why))
-            return self.recipe
         size = int(max(SAMPLE[0], min(SAMPLE[1], work / 100 / per_sample)))
+        dropped = {}
+        if wanted is None and work < per_sample * SAMPLE[0] * len(self._feeds):
+            dropped = dict.fromkeys(STEPS, "the job is too small for a verification to pay")
+            wanted = ()
+        if wanted is not None and not wanted and not self._precision.is_reduced:
+            self.recipe = replace(self.recipe, steps=(), dropped=dropped)
+            return self.recipe
         choice = choose(
             self._plain,
             lambda network, precision: self._on_sample(network, precision, size),
             self._circumstances,
             points,
-            {column.name: column.unit for column in self.columns},
+            {c.name: 100 * FLIPS / size for c in self.columns if c.unit == "%"},
             self._seed,
             wanted,
         )
         self._put_to_work(choice.network)
-        self.recipe = replace(self.recipe, steps=choice.steps, dropped=choice.dropped, errors=choice.errors())
+        self.recipe = replace(
+            self.recipe, steps=choice.steps, dropped=dropped or choice.dropped, errors=choice.errors()
+        )
         return self.recipe
 
     def use(self, recipe: Recipe) -> None:
@@ -183,45 +183,17 @@ class ModelEvaluator:
         that ``passes`` points take, ten seconds at most; where that is too little, the size stays as it is.
         """
         feed = max(self._feeds, key=lambda feed: feed.samples)
-        start = min(self.recipe.batch_size, feed.samples)
         if not feed.is_whole or self.draws_random_numbers:
             return self.recipe.batch_size
         running, _ = self._on_sample(self._network, self._precision, SAMPLE[0])
+        start = min(self.recipe.batch_size, feed.samples)
         best = start
         with suppress(Exception), running, running.ready():  # a pass that fails fails again when it counts
             running.move_to(np.zeros((1, self._plain.subspace.dimension)))
-            once = self._seconds(running, feed, start)
-            budget = min(0.01 * passes * once * sum(f.samples for f in self._feeds), 10.0)
-            if budget > 10 * once * TIMED:
-                found = tune_batch_size(
-                    lambda size: self._seconds(running, feed, size), start, feed.samples, budget
-                )
-                best = found if self._agree(running, feed, start, found) else start
+            best = fastest_batch_size(
+                running, feed, start, passes * sum(feed.samples for feed in self._feeds)
+            )
         return best if best != start else self.recipe.batch_size
-
-    def _seconds(self, running: Running, feed: Feed, size: int) -> float:
-        """Seconds per sample, the least of three passes over a few hundred samples."""
-        found = []
-        batches = list(islice(feed.batches(size), max(1, TIMED // size)))
-        samples = sum(len(tensors_of(batch)[0]) for batch in batches)
-        for _ in range(4):
-            start = time.perf_counter()
-            for batch in batches:
-                _fetch(running.totals(batch))
-            found.append((time.perf_counter() - start) / samples)
-        return min(found[1:])
-
-    def _agree(self, running: Running, feed: Feed, one: int, other: int) -> bool:
-        """Whether the same samples give the same values in batches of either size, but for rounding."""
-        samples = max(one, other)
-        sums = []
-        for size in (one, other):
-            total: dict[str, float] = {}
-            for batch in islice(feed.batches(size), max(1, samples // size)):
-                for name, (value, _) in running.totals(batch).items():
-                    total[name] = total.get(name, 0.0) + float(torch.as_tensor(value).double().sum())
-            sums.append(total)
-        return all(math.isclose(sums[0][name], sums[1][name], rel_tol=SIZE_TOLERANCE) for name in sums[0])
 
     def readings(self, points: NDArray[np.float64]) -> list[dict[str, float]]:
         """Values of the columns at ``points`` on a few samples, for a comparison between ranks.
@@ -231,16 +203,9 @@ class ModelEvaluator:
         """
         running, batches = self._on_sample(self._network, self._precision, SAMPLE[0])
         graded = [column.name for column in self.columns if column.unit != "%"]
-        found: list[dict[str, float]] = []
         with running:
-            for point in points:
-                try:
-                    (reading,) = read(running, point[None], batches, {}, self._seed)
-                except Exception:
-                    found.append({})
-                else:
-                    found.append({name: reading.values[name] for name in graded})
-        return found
+            found = read_each(running, points, batches, self._seed)
+        return [{name: reading.values[name] for name in graded} if reading else {} for reading in found]
 
     @property
     def _circumstances(self) -> Circumstances:
@@ -451,10 +416,3 @@ def _names(totals: Any) -> tuple[str, ...]:
 
 def _batch_in_words(split: str, batch: Any) -> str:
     return f"a batch of {split or 'the'} data, {describe(batch)}"
-
-
-def _fetch(totals: Mapping[str, tuple[Any, Any]]) -> None:
-    """Wait until the totals are there."""
-    for total, _ in totals.values():
-        if isinstance(total, torch.Tensor):
-            total.cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 DEFAULT_BATCH = 128
@@ -28,4 +28,5 @@ class Recipe:
     @classmethod
     def recorded(cls, told: Mapping[str, Any]) -> Recipe:
         """What `told` gave."""
-        return cls(**{**told, "steps": tuple(told["steps"])})
+        known = {own.name: told[own.name] for own in fields(cls)}
+        return cls(**{**known, "steps": tuple(told["steps"])})

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+
+from distsurf.objective.data import tensors_of
+from distsurf.objective.feed import Feed
+from distsurf.objective.network import Running
 
 LEAST, MOST = 8, 8192
+TIMED = 256
+"""Samples in a timing of a batch size, at least."""
+SHARE, LONGEST = 0.01, 10.0
+"""How much of a job's time is spent on measuring, and how many seconds at most."""
+SIZE_TOLERANCE = 1e-3
+"""Relative difference of sums that batches of another size may make; where samples of a batch act on each other (batch
+statistics in evaluation), it is larger."""
 STEP, GAIN = 1.02, 1.1
 """So many times faster has each step of the climb to be, and the end of it: what gains less, and may gain nothing the
 next time, is not worth other last digits."""
@@ -40,3 +56,50 @@ def tune_batch_size(
         if best > start:
             break  # the larger ones are faster: the smaller ones need no measuring
     return best if best_seconds * GAIN < first_seconds else start
+
+
+def fastest_batch_size(running: Running, feed: Feed, start: int, samples: float) -> int:
+    """The fastest size for a network at work, ``start`` where another one would change values by more than rounding.
+
+    ``samples``: how many are to be evaluated in all. Where a hundredth of their time is too little for a measurement,
+    ``start`` it is.
+    """
+    once = _seconds(running, feed, start)
+    budget = min(SHARE * samples * once, LONGEST)
+    if budget <= 10 * once * TIMED:
+        return start
+    found = tune_batch_size(lambda size: _seconds(running, feed, size), start, feed.samples, budget)
+    return found if _agree(running, feed, start, found) else start
+
+
+def _seconds(running: Running, feed: Feed, size: int) -> float:
+    """Seconds per sample, the least of three passes over a few hundred samples."""
+    found = []
+    batches = list(islice(feed.batches(size), max(1, TIMED // size)))
+    samples = sum(len(tensors_of(batch)[0]) for batch in batches)
+    for _ in range(4):
+        start = time.perf_counter()
+        for batch in batches:
+            _fetch(running.totals(batch))
+        found.append((time.perf_counter() - start) / samples)
+    return min(found[1:])
+
+
+def _agree(running: Running, feed: Feed, one: int, other: int) -> bool:
+    """Whether the same samples give the same values in batches of either size, but for rounding."""
+    samples = max(one, other)
+    sums = []
+    for size in (one, other):
+        total: dict[str, float] = {}
+        for batch in islice(feed.batches(size), max(1, samples // size)):
+            for name, (value, _) in running.totals(batch).items():
+                total[name] = total.get(name, 0.0) + float(torch.as_tensor(value).double().sum())
+        sums.append(total)
+    return all(math.isclose(sums[0][name], sums[1][name], rel_tol=SIZE_TOLERANCE) for name in sums[0])
+
+
+def _fetch(totals: Mapping[str, tuple[Any, Any]]) -> None:
+    """Wait until the totals are there."""
+    for total, _ in totals.values():
+        if isinstance(total, torch.Tensor):
+            total.cpu()

@@ -23,9 +23,9 @@ from distsurf.errors import InputError
 
 RECORD = "writer"
 RECORD_BYTES = 512
-BEAT_SECONDS = 5.0
+BEAT_SECONDS = 2.0
 """How often a writer counts on."""
-PATIENCE_SECONDS = 12.0
+PATIENCE_SECONDS = 5.0
 """How long a count that cannot be trusted otherwise is watched: more than two beats."""
 
 
@@ -42,7 +42,13 @@ class Claim:
 
     def __init__(self, path: Path, handle: h5py.File):
         self._handle = handle
-        self._lock = _locked(path, _record(handle))
+        record = _record(handle)
+        self._lock = _locked(path, record)
+        is_sure = self._lock is not None and record.get("host") == socket.gethostname()
+        if record and not is_sure and _goes_on(path, record):
+            if self._lock is not None:
+                os.close(self._lock)
+            raise InputError(_in_words(path, record))
         self._beat_at = 0.0
         self._record: dict[str, Any] = {
             "host": socket.gethostname(),
@@ -60,19 +66,17 @@ class Claim:
             _write(self._handle, json.dumps(self._record))
 
     def release(self) -> None:
-        """Let others write."""
-        _write(self._handle, "")
-        self.drop()
-
-    def drop(self) -> None:
-        """Let the lock go without a word in the file, which may not be writable any more."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Let others write; the lock goes also where the file cannot be written any more."""
+        try:
+            _write(self._handle, "")
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
 
 def require_unclaimed(path: Path) -> None:
-    """Raise InputError while another process writes a file."""
+    """Raise InputError while another process holds a file's lock: a look in passing, which never waits."""
     with contextlib.suppress(OSError), h5py.File(path, "r", locking=False) as handle:
         lock = _locked(path, _record(handle))
         if lock is not None:
@@ -83,21 +87,11 @@ def _locked(path: Path, record: dict[str, Any]) -> int | None:
     """A locked descriptor of the file; None where the file system has no locks. Raises InputError if it is taken."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        has_locks = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
             raise InputError(_in_words(path, record)) from None
-        except OSError:
-            has_locks = False
-        is_local = record.get("host") == socket.gethostname()
-        if record and not (has_locks and is_local) and _goes_on(path, record):
-            raise InputError(_in_words(path, record))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    if not has_locks:
-        os.close(descriptor)
         return None
     return descriptor
 

@@ -172,8 +172,6 @@ class SurfaceFile:
             if self._claim is not None:
                 self._claim.release()
         finally:
-            if self._claim is not None:
-                self._claim.drop()
             self._h5.close()
 
     # -- recording ----------------------------------------------------------------------------------------

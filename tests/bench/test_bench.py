@@ -158,3 +158,31 @@ def test_what_is_wrong_is_said_in_one_line(
     said = capsys.readouterr().err.strip()
     assert words in said
     assert said.count("\n") == 0
+
+
+LOUD = """
+import sys
+from distsurf.bench.shapes import images
+
+def data():
+    print("a line of the user's own")
+    sys.stderr.write("chatter " * 100_000)
+    return images(samples=20, size=8)
+
+def dies(model, batch):
+    import os
+    os._exit(5)
+"""
+
+
+def test_contenders_that_talk_or_die(processes: Processes) -> None:
+    """More on standard error than a pipe holds stops nobody; an end without a word is told of."""
+    (processes.folder / "loud.py").write_text(LOUD)
+    job = ("--set", "data.source=loud.py:data", "--set", "model.factory=resnet8", "--set", "grid.x=-1:1:3")
+    loud = processes.python("-m", "distsurf", "plan", *job, "--set", "model.arguments={width=2}", "--json")
+    assert loud.code == 0, loud.err[-500:]
+    assert json.loads(loud.out)["points"] == 3 * 51
+    dead = processes.python("-m", "distsurf", "plan", *job, "--set", "objective.function=loud.py:dies")
+    assert dead.code == 1
+    assert dead.err.startswith("distsurf: measuring distsurf failed")
+    assert dead.err.count("\n") == 1

@@ -179,3 +179,27 @@ def test_cost_is_the_time_of_the_point() -> None:
         lambda: False,
     )
     assert report.seconds[1] >= 0.05 > report.seconds[0]
+
+
+def test_points_are_evaluated_several_at_a_time_and_alone_where_one_fails() -> None:
+    """In the evaluator's own group size; a failing point takes none of its group with it, and its cost is shared."""
+    sizes = []
+
+    class Grouped(Quadratic):
+        points_per_pass = 4
+
+        def __call__(self, coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+            sizes.append(len(coordinates))
+            if (coordinates == GRID.coordinates_of(5)).all(axis=1).any():
+                raise MemoryError("no room for point 5")
+            return super().__call__(coordinates)
+
+    shard = Shard(np.arange(10))
+    report = evaluate_shard(Grouped(), GRID, shard, 1, lambda: False)
+    assert sizes == [4, 4, 1, 1, 1, 1, 2]
+    assert report.points.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    x, y = GRID.coordinates(report.points).T
+    np.testing.assert_array_equal(report.values[:, 0], x**2 + 10 * y**2)
+    assert [point for point, _ in report.failures] == [5]
+    assert len(report.seconds) == 9
+    assert len(set(report.seconds[:4])) == 1

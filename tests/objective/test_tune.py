@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from distsurf.objective import tune
 from distsurf.objective.data import as_splits
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.tune import tune_batch_size
@@ -75,7 +76,7 @@ class _Noisy(_Crowd):
 def test_values_that_depend_on_the_batch_size_keep_it(
     make: Callable[[], nn.Module], may_change: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ModelEvaluator, "_seconds", lambda self, running, feed, size: 1e-6 / size)
+    monkeypatch.setattr(tune, "_seconds", lambda running, feed, size: 1e-6 / size)
     model = make()
     subspace, buffers = plane(model)
     data: Any = (torch.randn(1000, 5), torch.randint(4, (1000,)))

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from distsurf.errors import in_one_line
 from distsurf.objective.fast.steps import STEPS, Circumstances
 from distsurf.objective.fast.trace import NotApplicable, Refused
-from distsurf.objective.fast.verify import Batches, Reading, disagreement, read
+from distsurf.objective.fast.verify import Batches, Reading, disagreement, read, read_each
 from distsurf.objective.network import Network, Running
 from distsurf.objective.precision import PRECISIONS, Precision
 
@@ -51,7 +52,7 @@ def choose(
     put: Put,
     at: Circumstances,
     points: NDArray[np.float64],
-    units: dict[str, str],
+    flips: dict[str, float],
     seed: int,
     wanted: Collection[str] | None = None,
 ) -> Choice:
@@ -59,31 +60,31 @@ def choose(
 
     ``wanted`` names the steps to try, and these are used however fast they are; None tries all of them. In a reduced
     precision a step is verified in float32 too, where its logic shows, and the error of the precision itself is only
-    measured.
+    measured. ``flips`` are those of `disagreement`.
     """
     precisions = [PRECISIONS["fp32"], at.precision] if at.precision.is_reduced else [at.precision]
 
-    def readings(network: Network, precision: Precision, where: NDArray[np.float64]) -> list[Reading]:
-        running, batches = put(network, precision)
+    def tries(precision: Precision) -> list[Reading | None]:
+        running, batches = put(plain, precision)
         with running:
-            return read(running, where, batches, units, seed)
+            return read_each(running, points, batches, seed)
 
-    expected: list[list[Reading]] = [[] for _ in precisions]
-    passable = []
-    for point in points:
-        try:
-            found = [readings(plain, precision, point[None])[0] for precision in precisions]
-        except Exception:  # a point that fails says nothing of the steps; the evaluation will tell of it
-            continue
-        passable.append(point)
-        for theirs, reading in zip(expected, found, strict=True):
-            theirs.append(reading)
-    points = np.array(passable).reshape(-1, points.shape[1])
+    tried = [tries(precision) for precision in precisions]
+    # A point that fails says nothing of the steps.
+    passable = [i for i in range(len(points)) if all(each[i] is not None for each in tried)]
+    expected = [[reading for i in passable if (reading := each[i]) is not None] for each in tried]
+    points = points[passable]
     if not passable:
         why = "the model raises an error at the origin and at every corner of the grid"
         return Choice(plain, (), dict.fromkeys(wanted if wanted is not None else STEPS, why), [], None)
+
+    def readings(network: Network, precision: Precision) -> list[Reading]:
+        running, batches = put(network, precision)
+        with running:
+            return read(running, points, batches, seed)
+
     try:
-        exact = readings(plain, PRECISIONS["fp64"], points)
+        exact = readings(plain, PRECISIONS["fp64"])
     except Exception:  # a model that insists on float32 has no reference
         exact = None
     network, chosen = plain, expected[-1]
@@ -96,8 +97,8 @@ def choose(
             candidate = step(network, at)
             for precision, theirs in zip(precisions, expected, strict=True):
                 with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints what it then raises
-                    mine = readings(candidate, precision, points)
-                problem = disagreement(mine, theirs, exact, precision.compute)
+                    mine = readings(candidate, precision)
+                problem = disagreement(mine, theirs, exact, precision.compute, flips)
                 if problem:
                     in_words = " in float32" if precision is not at.precision else ""
                     raise Refused(f"{problem}{in_words}")
@@ -113,8 +114,7 @@ def choose(
             dropped[name] = str(refusal)
             continue
         except Exception as error:  # whatever a library says of a model that it cannot take
-            said = " ".join(str(error).split())
-            dropped[name] = f"{type(error).__name__}: {said[:120]}"
+            dropped[name] = in_one_line(error)[:160]
             continue
         network, chosen = candidate, mine
         steps.append(name)

@@ -38,8 +38,6 @@ class Reading:
     coordinates: tuple[float, ...]
     outputs: tuple[NDArray[np.float64], ...]
     values: dict[str, float]
-    units: Mapping[str, str]
-    samples: int
 
 
 def sampled_points(grid: Grid) -> NDArray[np.float64]:
@@ -49,9 +47,7 @@ def sampled_points(grid: Grid) -> NDArray[np.float64]:
     return np.array([(0.0,) * len(ends), *corners])
 
 
-def read(
-    running: Running, points: NDArray[np.float64], batches: Batches, units: Mapping[str, str], seed: int
-) -> list[Reading]:
+def read(running: Running, points: NDArray[np.float64], batches: Batches, seed: int) -> list[Reading]:
     """What a network gives at points ``(P, D)`` on a few batches, each with the name of its split."""
     readings = []
     per_pass = running.network.points_per_pass
@@ -73,12 +69,23 @@ def read(
                     tuple(point.tolist()),
                     tuple(map(_numpy, outputs)),
                     {name: float(values[k]) for name, values in found.items()},
-                    units,
-                    min(len(_first(batch)) for _, batch in batches),
                 )
                 for k, point in enumerate(group)
             ]
     return readings
+
+
+def read_each(
+    running: Running, points: NDArray[np.float64], batches: Batches, seed: int
+) -> list[Reading | None]:
+    """The same point by point: None at a point that fails, of which the evaluation will tell."""
+    found: list[Reading | None] = []
+    for point in points:
+        try:
+            found += read(running, point[None], batches, seed)
+        except Exception:
+            found.append(None)
+    return found
 
 
 def disagreement(
@@ -86,10 +93,12 @@ def disagreement(
     plain: Sequence[Reading],
     exact: Sequence[Reading] | None,
     dtype: torch.dtype,
+    flips: Mapping[str, float],
 ) -> str:
     """In a few words where and by how much a network differs from the plain one; empty if it does not.
 
-    ``exact`` are the plain module's readings in float64, by which its own errors in ``dtype`` are known.
+    ``exact`` are the plain module's readings in float64, by which its own errors in ``dtype`` are known. ``flips``: by
+    how much columns may differ, since a few of the samples may change side of a decision.
     """
     for i, (mine, theirs) in enumerate(zip(given, plain, strict=True)):
         truth = theirs if exact is None else exact[i]
@@ -107,9 +116,7 @@ def disagreement(
             expected, true = theirs.values[name], truth.values[name]
             if math.isfinite(value) and math.isfinite(expected):
                 relative = max(TOLERANCE[dtype], VALUE_TOLERANCE if compared else 0.0)
-                allowed = max(relative * abs(expected), ERRORS * abs(expected - true))
-                if mine.units.get(name) == "%":
-                    allowed = max(allowed, 100.0 * FLIPS / mine.samples)
+                allowed = max(relative * abs(expected), ERRORS * abs(expected - true), flips.get(name, 0.0))
                 if abs(value - expected) <= allowed or not math.isfinite(allowed):
                     continue
             elif repr(value) == repr(expected):
@@ -161,9 +168,3 @@ def _numpy(value: Any) -> NDArray[np.float64]:
     if isinstance(value, Tensor):
         return np.asarray(value.detach().cpu().double().numpy())
     return np.asarray(value, np.float64)
-
-
-def _first(batch: Any) -> Tensor:
-    from distsurf.objective.data import tensors_of
-
-    return tensors_of(batch)[0]
