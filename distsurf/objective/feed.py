@@ -111,13 +111,16 @@ class Feed:
         self._split = self._split.map(replaced)
 
     def _unpack(self, batch: Any) -> Any:
-        if not any(table is not None for table in self._tables):
+        """A batch as the model gets it; resident data that was not packed is that already."""
+        if not self._is_streamed and all(table is None for table in self._tables):
             return batch
         tables = iter(self._tables)
 
         def whole(tensor: Tensor) -> Tensor:
             table = next(tables)
-            return tensor if table is None else unpack(tensor, table)
+            if table is not None:
+                return unpack(tensor, table)
+            return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
         return map_tree(whole, batch)
 
@@ -155,7 +158,7 @@ def _streamed(batches: list[Any], device: torch.device) -> Iterator[Any]:
     """Batches on the device, each copied from pinned memory while the one before it is computed with.
 
     Two sets of buffers take turns. A set is filled again once its copy has left the host and the computation with it,
-    which was enqueued when the caller asked for the next batch, has ended. Floating-point tensors come as they are.
+    which was enqueued when the caller asked for the next batch, has ended.
     """
     is_gpu = device.type == "cuda"
     lane = torch.cuda.Stream(device) if is_gpu else None

@@ -42,6 +42,15 @@ def test_the_same_batches_resident_packed_or_streamed(budget: int | None, size: 
     assert feed._is_streamed == (budget == 0)
 
 
+@pytest.mark.parametrize("budget", [None, 0])
+def test_floating_point_data_comes_in_the_dtype_of_the_evaluation(budget: int | None) -> None:
+    x, y = torch.randn(30, 3, dtype=torch.float64), torch.randint(4, (30,))
+    (split,) = as_splits((x, y))
+    batches = _copies(Feed(split, CPU, torch.float32, budget), 8)
+    assert torch.equal(torch.cat([batch[0] for batch in batches]), x.float())
+    assert torch.equal(torch.cat([batch[1] for batch in batches]), y)
+
+
 def test_a_batch_is_whole_until_the_next_one_is_asked_for() -> None:
     """Two sets of buffers take turns: what is computed with is never written to."""
     (split,) = as_splits(_pictures())

@@ -1,0 +1,165 @@
+"""What can be typed after ``distsurf``: verbs, their options and their help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from distsurf import __version__
+from distsurf.errors import InputError
+from distsurf.names import nearest
+
+Verb = Callable[[argparse.Namespace], int]
+
+OVERVIEW = """\
+The loss surface of a neural network on a grid, on one core or many GPUs.
+
+  distsurf run                   the built-in example, on handwritten digits
+  distsurf run my.toml           a job of your own, in one process
+  mpirun -n 8 distsurf run my.toml   on 8 ranks; the same command continues it
+  distsurf status surface.h5     what is in a surface file, finished or not
+  distsurf plot surface.h5       draw it
+  distsurf check surface.h5      is the file sound and complete?
+  distsurf plan my.toml --ranks 64   how long it will take, and what memory
+  distsurf bench my.toml         how fast it is beside other ways to do it
+
+`distsurf VERB --help` lists a verb's options. A job file names a model, data
+and a grid (a job file can name Python code: run only those you trust):
+
+  [model]
+  factory = "mynet.py:build"     # or resnet20, torchvision:resnet18, a.b:Net
+  checkpoint = "trained.pt"
+  [data]
+  source = "mydata.py:splits"    # returns {"train": (inputs, targets), ...}
+  [grid]
+  x = "-1:1:51"
+  y = "-1:1:51"
+
+Exit codes: 0 complete, 1 bad input, 3 incomplete but saved, 4 damaged file."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with exit code 1, like all bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (distsurf --help shows what there is)")
+
+
+def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace:
+    """The options of a command line, with the verb's own function in ``verb``. Raises InputError for what is wrong."""
+    parser = _Parser(
+        prog="distsurf",
+        description=OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="distsurf VERB …",
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--version", action="version", version=f"distsurf {__version__}", help=argparse.SUPPRESS
+    )
+    known = parser.add_subparsers(help=argparse.SUPPRESS, parser_class=_Parser)
+    common = _Parser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        sub = known.add_parser(name, prog=f"distsurf {name}", help=text, description=text, parents=[common])
+        sub.set_defaults(verb=verbs[name])
+        return sub
+
+    run = verb("run", "Evaluate a job's surface, or continue it; in one process or under mpirun.")
+    run.add_argument("job", nargs="?", type=Path, metavar="JOB.toml", help="without it: the built-in example")
+    run.add_argument("--out", metavar="FILE.h5", help="the surface file (default: runs/NAME/surface.h5)")
+    _add_set(run)
+    run.add_argument(
+        "--fresh", action="store_true", help="start anew; an existing file is kept under another name"
+    )
+    run.add_argument(
+        "--plain",
+        action="store_true",
+        help="evaluate the model as it is, without looking for faster ways to the same values",
+    )
+    run.add_argument("--progress", choices=("auto", "bar", "lines", "none"), default="auto")
+    run.add_argument("--no-pictures", action="store_true", help="leave the pictures out")
+
+    plot = verb("plot", "Draw a surface file, finished or not.")
+    plot.add_argument("file", type=Path, metavar="FILE.h5")
+    plot.add_argument("--column", default="loss", help="which quantity (default: loss)")
+    plot.add_argument(
+        "--kind",
+        choices=("contour", "surface", "curves", "slices"),
+        help="default: what fits the number of axes",
+    )
+    plot.add_argument("-o", "--output", type=Path, help=".png, .pdf or .svg (default: beside the file)")
+    plot.add_argument("--title")
+    scale = plot.add_mutually_exclusive_group()
+    scale.add_argument(
+        "--log", action="store_true", default=None, help="log scale (default: where the range asks for it)"
+    )
+    scale.add_argument("--linear", action="store_false", dest="log", default=None, help="linear scale")
+
+    status = verb("status", "Say what is in a surface file, finished or not.")
+    status.add_argument("file", type=Path, metavar="FILE.h5")
+
+    check = verb(
+        "check", "Check that a surface file is sound: exit code 0 complete, 3 incomplete, 4 damaged."
+    )
+    check.add_argument("file", type=Path, metavar="FILE.h5")
+
+    bench = verb(
+        "bench",
+        "Measure a job's speed beside the textbook's loop, the best plain loop, and the machine's limits.",
+    )
+    bench.add_argument(
+        "job",
+        nargs="?",
+        metavar="JOB.toml",
+        help="or resnet56 (default), vgg9, resnet20 on images of CIFAR's shape",
+    )
+    _add_set(bench)
+    bench.add_argument("--precision", default="fp32", help="of distsurf, one or several: fp32,bf16")
+    bench.add_argument(
+        "--steps", action="store_true", help="also show what each step of the fast path brings"
+    )
+    bench.add_argument("--samples", type=int, help="images, for the built-in networks (2000)")
+    bench.add_argument("--rounds", type=int, default=5, help="points that each way evaluates (5)")
+    bench.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
+
+    plan = verb(
+        "plan", "Predict a job's time, memory and a good number of shards, by measuring a few points."
+    )
+    plan.add_argument(
+        "job", nargs="?", type=Path, metavar="JOB.toml", help="without it: the built-in example"
+    )
+    _add_set(plan)
+    plan.add_argument("--ranks", type=int, default=1, help="how many there will be (1)")
+    plan.add_argument(
+        "--ranks-per-node",
+        type=int,
+        default=0,
+        help="default: one per GPU, or per core where there is no GPU",
+    )
+    plan.add_argument(
+        "--threads", type=int, default=0, help="CPU threads per rank (default: cores / ranks per node)"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    if not arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    if not arguments[0].startswith("-") and arguments[0] not in verbs:
+        raise InputError(f"no verb {arguments[0]!r}; {nearest(arguments[0], verbs)}")
+    return parser.parse_args(arguments)
+
+
+def _add_set(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a value of the job, for example grid.x=-1:1:21; may be repeated",
+    )
