@@ -49,7 +49,7 @@ class Claim:
             if self._lock is not None:
                 os.close(self._lock)
             raise InputError(_in_words(path, record))
-        self._beat_at = 0.0
+        self._beat_at = float("-inf")
         self._record: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
