@@ -183,7 +183,7 @@ def _plot(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from distsurf.surface import Surface
-    from distsurf.view.points import imprecision
+    from distsurf.view.points import imprecision_in_words
 
     surface = Surface.load(options.file)
     facts = surface.facts
@@ -199,7 +199,7 @@ def _status(options: argparse.Namespace) -> int:
             how = facts["evaluation"]
             steps = ", ".join(how["steps"]) or "plain"
             print(f"evaluated in {how['precision']}, {steps}, batches of {how['batch_size']}")
-        for note in filter(None, (imprecision(surface, column) for column in surface.columns)):
+        for note in filter(None, (imprecision_in_words(surface, [column]) for column in surface.columns)):
             print(note)
         cosines = ", ".join(f"{pair} {value:.4f}" for pair, value in facts.get("cosines", {}).items())
         if cosines:

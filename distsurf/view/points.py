@@ -124,35 +124,42 @@ def progress(surface: Surface) -> str:
     return text
 
 
-def imprecision(surface: Surface, column: Column, log: bool = False) -> str:
-    """By how much of the range the precision of the evaluation is off, where that can be seen; "" where it cannot.
+def imprecision(surface: Surface, column: Column, log: bool = False) -> float:
+    """By how much of the range the precision of the evaluation is off; 0 where it cannot be seen, or is not known.
 
     The range is that of the drawn quantity, the error the largest at the sampled points that the file tells of.
     """
     try:
-        told = surface.facts["evaluation"]
-        precision = str(told["precision"])
-        pairs = np.array([error["values"][column.name] for error in told["errors"]], float).reshape(-1, 2)
+        errors = surface.facts["evaluation"]["errors"]
+        pairs = np.array([error["values"][column.name] for error in errors], float).reshape(-1, 2)
     except (KeyError, TypeError, ValueError):  # an old file, or a stranger's
-        return ""
+        return 0.0
     values = surface[column.name]
     if log:
         with np.errstate(divide="ignore", invalid="ignore"):
             pairs, values = np.log(pairs), np.log(values)
     pairs, values = pairs[np.isfinite(pairs).all(axis=1)], values[np.isfinite(values)]
     if not (len(pairs) and values.size):
-        return ""
+        return 0.0
     worst, length = float(np.abs(pairs[:, 1] - pairs[:, 0]).max()), float(np.ptp(values))
     if not worst > VISIBLE * length:
+        return 0.0
+    return worst / length if length > 0 else np.inf
+
+
+def imprecision_in_words(surface: Surface, columns: Iterable[Column], log: bool = False) -> str:
+    """Which of the columns is off by how much because of the precision, the worst of them; "" where none is."""
+    shares = {column.name: imprecision(surface, column, log) for column in columns}
+    worst = max(shares, key=lambda name: shares[name], default="")
+    if not shares.get(worst):
         return ""
-    share = f"up to {worst / length:.1%} of the range" if length > 0 else "more than its range"
-    return f"{precision}: {column.name} is off by {share}"
+    share = f"up to {shares[worst]:.1%} of the range" if np.isfinite(shares[worst]) else "more than its range"
+    return f"{surface.facts['evaluation'].get('precision')}: {worst} is off by {share}"
 
 
 def remarks(surface: Surface, columns: Iterable[Column], log: bool = False) -> str:
     """What a reader of a picture has to know: how far the evaluation came, and a precision that can be seen."""
-    notes = [progress(surface), *(imprecision(surface, column, log) for column in columns)]
-    return "; ".join(dict.fromkeys(note for note in notes if note))
+    return "; ".join(filter(None, (progress(surface), imprecision_in_words(surface, columns, log))))
 
 
 def fill(points: Points, drawn: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -17,14 +17,14 @@ from torch import Tensor
 from distsurf.grid import Grid
 from distsurf.objective.network import Running
 
+ERRORS, MOST_ERRORS = 4.0, 100.0
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """By how much of the largest output at a point a step may change any output, if the plain module's own error against
 float64 is not larger still: then by `ERRORS` times that, and `MOST_ERRORS` times the tolerance at most (a module may
-have a reduced precision of its own, which is not to be lost). A few times the type's rounding over a deep network."""
-ERRORS, MOST_ERRORS = 4.0, 100.0
-VALUE_TOLERANCE = 1e-3
-"""Relative, for the objective's values where outputs could be compared too; a small loss is the difference of large
-outputs. Where they could not be compared, values have to agree as outputs have to."""
+have a reduced precision of its own, which is not to be lost). A few times the type's rounding over a deep network.
+
+The objective's values have to agree as outputs have to where outputs could not be compared, and else to `MOST_ERRORS`
+times that: a small loss is the difference of large outputs."""
 FLIPS = 2
 """Samples that may change side of a decision (columns in percent), where outputs are close enough."""
 
@@ -115,7 +115,7 @@ def disagreement(
         for name, value in mine.values.items():
             expected, true = theirs.values[name], truth.values[name]
             if math.isfinite(value) and math.isfinite(expected):
-                relative = max(TOLERANCE[dtype], VALUE_TOLERANCE if compared else 0.0)
+                relative = TOLERANCE[dtype] * (MOST_ERRORS if compared else 1.0)
                 allowed = max(relative * abs(expected), ERRORS * abs(expected - true), flips.get(name, 0.0))
                 if abs(value - expected) <= allowed or not math.isfinite(allowed):
                     continue
