@@ -55,9 +55,15 @@ def test_a_flat_surface_and_an_unfinished_one() -> None:
 
 @pytest.mark.parametrize(
     "facts",
-    [{}, {"evaluation": 3}, {"evaluation": {"precision": "x"}}, {"evaluation": {"errors": 5}}, {"evaluation": {"precision": 1, "errors": [{}]}},
-     {"evaluation": {"precision": 1, "errors": [{"values": {"train_loss": "x"}}]}}],
-)  # fmt: skip
+    [
+        {},
+        {"evaluation": 3},
+        {"evaluation": {"precision": "x"}},
+        {"evaluation": {"errors": 5}},
+        {"evaluation": {"precision": 1, "errors": [{}]}},
+        {"evaluation": {"precision": 1, "errors": [{"values": {"train_loss": "x"}}]}},
+    ],
+)
 def test_files_that_do_not_tell(facts: Any) -> None:
     surface = replace(surface_of(bowl, *AXES), facts=facts)
     assert imprecision_in_words(surface, surface.columns) == ""
