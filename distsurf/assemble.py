@@ -89,15 +89,14 @@ def wanted_splits(job: Job, splits: Mapping[str, Split]) -> list[Split]:
 
 
 def training_split(splits: Mapping[str, Split]) -> Split:
-    """The split called ``train``, or the only one there is. Raises InputError."""
-    if "train" in splits:
-        return splits["train"]
-    if len(splits) > 1:
-        raise InputError(
-            "batch-norm statistics are recomputed from the split called 'train'; "
-            f"the data has {', '.join(splits)}"
-        )
-    return next(iter(splits.values()))
+    """The split called ``train``, or data that has no splits. Raises InputError."""
+    for name in ("train", ""):
+        if name in splits:
+            return splits[name]
+    raise InputError(
+        "batch-norm statistics are recomputed from the split called 'train'; "
+        f"the data has only {', '.join(splits)}"
+    )
 
 
 def build_objective(job: Job, live: Live | None) -> Objective:

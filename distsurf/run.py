@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,12 +291,26 @@ def prepare(job: Job, model: nn.Module, live: Live | None, placement: Placement,
                 f"{wish.normalization!r} nothing of this model moves; try ignore = 'none'"
             )
         directions += (direction,)
+    if mode == "interpolated" and not _moves(layout, directions, batch_norm_statistics(model)):
+        raise InputError(
+            f"objective.batch_norm = 'interpolated': with directions.ignore = {wish.ignore!r} the statistics do not "
+            "move; set directions.ignore = 'none', or leave batch_norm out"
+        )
     buffers = {name: buffer.detach().clone() for name, buffer in tensors.fixed.items()}
     return Prepared(
         Subspace(layout, center, directions),
         buffers,
         assemble.wanted_splits(job, splits),
         assemble.training_split(splits) if mode == "recomputed" else None,
+    )
+
+
+def _moves(layout: Layout, directions: Sequence[np.ndarray], names: Collection[str]) -> bool:
+    """Whether a direction has an entry other than zero in any of these tensors."""
+    return any(
+        name in names and view.any()
+        for direction in directions
+        for name, view in zip(layout.names, layout.views(direction), strict=True)
     )
 
 

@@ -23,7 +23,7 @@ from distsurf.objective.data import Split, describe, map_tree, tensors_of
 from distsurf.objective.fast.choose import choose
 from distsurf.objective.fast.steps import STEPS, Circumstances
 from distsurf.objective.fast.trace import NotApplicable, Refused
-from distsurf.objective.fast.verify import FLIPS, Batches, read_each
+from distsurf.objective.fast.verify import FLIPS, Batches, Reading, read_each
 from distsurf.objective.feed import Feed
 from distsurf.objective.losses import Objective, Supervised
 from distsurf.objective.network import Network, Recomputation, Running
@@ -205,7 +205,10 @@ class ModelEvaluator:
         graded = [column.name for column in self.columns if column.unit != "%"]
         with running:
             found = read_each(running, points, batches, self._seed)
-        return [{name: reading.values[name] for name in graded} if reading else {} for reading in found]
+        return [
+            {name: reading.values[name] for name in graded} if isinstance(reading, Reading) else {}
+            for reading in found
+        ]
 
     @property
     def _circumstances(self) -> Circumstances:

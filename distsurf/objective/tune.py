@@ -19,9 +19,9 @@ TIMED = 256
 """Samples in a timing of a batch size, at least."""
 SHARE, LONGEST = 0.01, 10.0
 """How much of a job's time is spent on measuring, and how many seconds at most."""
-SIZE_TOLERANCE = 1e-3
-"""Relative difference of sums that batches of another size may make; where samples of a batch act on each other (batch
-statistics in evaluation), it is larger."""
+SIZE_TOLERANCE = {False: 2e-5, True: 1e-3}
+"""Relative difference of sums that batches of another size may make, in full and in a reduced precision: rounding.
+Where samples of a batch act on each other (batch statistics in evaluation), it is larger."""
 STEP, GAIN = 1.02, 1.1
 """So many times faster has each step of the climb to be, and the end of it: what gains less, and may gain nothing the
 next time, is not worth other last digits."""
@@ -86,16 +86,22 @@ def _seconds(running: Running, feed: Feed, size: int) -> float:
 
 
 def _agree(running: Running, feed: Feed, one: int, other: int) -> bool:
-    """Whether the same samples give the same values in batches of either size, but for rounding."""
+    """Whether the same samples give the same values in batches of either size, but for rounding.
+
+    Two sums may agree by accident; those of small batches, where samples act on each other most, hardly do too.
+    """
     samples = max(one, other)
     sums = []
-    for size in (one, other):
+    for size in sorted({one, other, LEAST, 4 * LEAST}):
         total: dict[str, float] = {}
         for batch in islice(feed.batches(size), max(1, samples // size)):
             for name, (value, _) in running.totals(batch).items():
                 total[name] = total.get(name, 0.0) + float(torch.as_tensor(value).double().sum())
         sums.append(total)
-    return all(math.isclose(sums[0][name], sums[1][name], rel_tol=SIZE_TOLERANCE) for name in sums[0])
+    tolerance = SIZE_TOLERANCE[running.precision.is_reduced]
+    return all(
+        math.isclose(sums[0][name], others[name], rel_tol=tolerance) for others in sums[1:] for name in others
+    )
 
 
 def _fetch(totals: Mapping[str, tuple[Any, Any]]) -> None:

@@ -129,11 +129,9 @@ def imprecision(surface: Surface, column: Column, log: bool = False) -> float:
 
     The range is that of the drawn quantity, the error the largest at the sampled points that the file tells of.
     """
-    try:
-        errors = surface.facts["evaluation"]["errors"]
-        pairs = np.array([error["values"][column.name] for error in errors], float).reshape(-1, 2)
-    except (KeyError, TypeError, ValueError):  # an old file, or a stranger's
-        return 0.0
+    pairs = _pairs(surface, column.name)
+    if _overflows(pairs):
+        return np.inf
     values = surface[column.name]
     if log:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -147,6 +145,20 @@ def imprecision(surface: Surface, column: Column, log: bool = False) -> float:
     return worst / length if length > 0 else np.inf
 
 
+def _pairs(surface: Surface, name: str) -> NDArray[np.float64]:
+    """What a column is in float64 and as it was computed ``(P, 2)``, at the sampled points."""
+    try:
+        errors = surface.facts["evaluation"]["errors"]
+        return np.array([error["values"][name] for error in errors], float).reshape(-1, 2)
+    except (KeyError, TypeError, ValueError):  # a file by a stranger
+        return np.empty((0, 2))
+
+
+def _overflows(pairs: NDArray[np.float64]) -> bool:
+    """Whether there is a value that is finite in float64 and not as it was computed."""
+    return bool((np.isfinite(pairs[:, 0]) & ~np.isfinite(pairs[:, 1])).any())
+
+
 def imprecision_in_words(surface: Surface, columns: Iterable[Column], log: bool = False) -> str:
     """Which of the columns is off by how much because of the precision, the worst of them; "" where none is."""
     shares = {column.name: imprecision(surface, column, log) for column in columns}
@@ -154,7 +166,10 @@ def imprecision_in_words(surface: Surface, columns: Iterable[Column], log: bool 
     if not shares.get(worst):
         return ""
     share = f"up to {shares[worst]:.1%} of the range" if np.isfinite(shares[worst]) else "more than its range"
-    return f"{surface.facts['evaluation'].get('precision')}: {worst} is off by {share}"
+    precision = surface.facts["evaluation"].get("precision")
+    if np.isposinf(shares[worst]) and _overflows(_pairs(surface, worst)):
+        return f"{precision}: {worst} is not finite where float64 is"
+    return f"{precision}: {worst} is off by {share}"
 
 
 def remarks(surface: Surface, columns: Iterable[Column], log: bool = False) -> str:

@@ -77,6 +77,7 @@ def test_values_that_depend_on_the_batch_size_keep_it(
     make: Callable[[], nn.Module], may_change: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "_seconds", lambda running, feed, size: 1e-6 / size)
+    torch.manual_seed(0)
     model = make()
     subspace, buffers = plane(model)
     data: Any = (torch.randn(1000, 5), torch.randint(4, (1000,)))

@@ -25,7 +25,8 @@ def _with_errors(surface: Surface, *pairs: list[float], precision: str = "bf16")
         ([[1.0, 1.0]], ""),
         ([[1.0, 1.009]], ""),
         ([[1.0, 1.02], [2.0, 1.95]], "bf16: train_loss is off by up to 5.0% of the range"),
-        ([[float("nan"), 1.0], [1.0, float("inf")]], ""),
+        ([[float("nan"), 1.0], [float("inf"), 1.0]], ""),
+        ([[1.0, float("inf")], [1.0, 1.5]], "bf16: train_loss is not finite where float64 is"),
         ([], ""),
     ],
 )

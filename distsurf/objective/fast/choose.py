@@ -64,18 +64,19 @@ def choose(
     """
     precisions = [PRECISIONS["fp32"], at.precision] if at.precision.is_reduced else [at.precision]
 
-    def tries(precision: Precision) -> list[Reading | None]:
+    def tries(precision: Precision) -> list[Reading | Exception]:
         running, batches = put(plain, precision)
         with running:
             return read_each(running, points, batches, seed)
 
     tried = [tries(precision) for precision in precisions]
     # A point that fails says nothing of the steps.
-    passable = [i for i in range(len(points)) if all(each[i] is not None for each in tried)]
-    expected = [[reading for i in passable if (reading := each[i]) is not None] for each in tried]
+    passable = [i for i in range(len(points)) if all(isinstance(each[i], Reading) for each in tried)]
+    expected = [[one for i in passable if isinstance(one := each[i], Reading)] for each in tried]
     points = points[passable]
     if not passable:
-        why = "the model raises an error at the origin and at every corner of the grid"
+        first = next(error for each in tried for error in each if isinstance(error, Exception))
+        why = f"at the origin and at every corner of the grid the model raises {in_one_line(first)[:160]}"
         return Choice(plain, (), dict.fromkeys(wanted if wanted is not None else STEPS, why), [], None)
 
     def readings(network: Network, precision: Precision) -> list[Reading]:

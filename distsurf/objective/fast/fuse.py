@@ -107,7 +107,7 @@ def _fuse_additions(graph: fx.GraphModule, kernel: Any) -> int:
         if convolution is None:
             continue
         other = add.args[1] if add.args[0] is convolution else add.args[0]
-        fused = kernel(_layer(graph, convolution), overwrites=_may_overwrite(graph, other, add))
+        fused = kernel(_layer(graph, convolution), overwrites=_may_overwrite(graph, other, add, convolution))
         _replace(graph, convolution, relu, fused, (convolution.args[0], other))
         graph.graph.erase_node(add)
         graph.graph.erase_node(convolution)
@@ -183,10 +183,10 @@ def _is_sum_of_two(node: Any) -> bool:
     )
 
 
-def _may_overwrite(graph: fx.GraphModule, other: fx.Node, add: fx.Node) -> bool:
+def _may_overwrite(graph: fx.GraphModule, other: fx.Node, add: fx.Node, fused: fx.Node) -> bool:
     """Whether ``other`` is a convolution's result that only convolutions read, and none of them after this addition.
 
-    Then no view of it can be alive, and nobody misses what it held.
+    Then no view of it can be alive, and nobody misses what it held. The fused convolution reads while it writes.
     """
 
     def convolves(node: fx.Node) -> bool:
@@ -194,5 +194,7 @@ def _may_overwrite(graph: fx.GraphModule, other: fx.Node, add: fx.Node) -> bool:
 
     position = {node: i for i, node in enumerate(graph.graph.nodes)}
     return convolves(other) and all(
-        convolves(user) and position[user] < position[add] for user in other.users if user is not add
+        convolves(user) and position[user] < position[add] and user is not fused
+        for user in other.users
+        if user is not add
     )

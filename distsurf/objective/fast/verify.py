@@ -77,14 +77,14 @@ def read(running: Running, points: NDArray[np.float64], batches: Batches, seed: 
 
 def read_each(
     running: Running, points: NDArray[np.float64], batches: Batches, seed: int
-) -> list[Reading | None]:
-    """The same point by point: None at a point that fails, of which the evaluation will tell."""
-    found: list[Reading | None] = []
+) -> list[Reading | Exception]:
+    """The same point by point: the error at a point that fails."""
+    found: list[Reading | Exception] = []
     for point in points:
         try:
             found += read(running, point[None], batches, seed)
-        except Exception:
-            found.append(None)
+        except Exception as error:
+            found.append(error)
     return found
 
 
@@ -145,9 +145,13 @@ def _at(reading: Reading) -> str:
 
 @contextmanager
 def _outputs_of(running: Running) -> Iterator[list[Tensor]]:
-    """Everything floating that the model returns meanwhile; nothing where its passes are not calls of a module."""
+    """Everything floating that the model returns meanwhile; nothing where its passes are not calls of a module.
+
+    Modules of torch.jit take no hooks.
+    """
     outputs: list[Tensor] = []
-    if running.network.points_per_pass > 1 or running.network.is_captured:
+    is_scripted = isinstance(running.model, torch.jit.ScriptModule)
+    if is_scripted or running.network.points_per_pass > 1 or running.network.is_captured:
         yield outputs
         return
 

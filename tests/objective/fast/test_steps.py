@@ -322,6 +322,27 @@ def test_additions_overwrite_only_what_nobody_reads_again() -> None:
     assert found == {False: 2, True: 1}
 
 
+class Around(nn.Module):
+    """relu(h + conv(h)): the convolution reads what the sum could be written over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.stem(x)
+        return self.head(torch.relu(h + self.conv(h)).mean((2, 3)))
+
+
+def test_a_convolution_does_not_overwrite_what_it_reads() -> None:
+    torch.manual_seed(0)
+    model, x = Around().eval(), torch.randn(4, 3, 24, 24)
+    fused = fuse(Network(model, *plane(model)), CPU, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.module(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_cudnn_layers_call_what_torch_has_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same graph with cuDNN's kernels, for which stand-ins of the same signature compute here."""
 
