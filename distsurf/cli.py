@@ -6,6 +6,7 @@ Exit codes: 0 complete; 1 bad input; 3 incomplete but saved (the same command co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -85,7 +86,10 @@ def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace) -> int:
     out = Path(options.out) if options.out else job.path
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # the reader has left (head): the evaluation goes on without it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     code, message = 0, ""
     try:
@@ -187,36 +191,43 @@ def _status(options: argparse.Namespace) -> int:
 
     surface = Surface.load(options.file)
     facts = surface.facts
-    print(f"{options.file}: {facts.get('name', 'surface')}, {surface.grid}")
+    print(_plain(f"{options.file}: {facts.get('name', 'surface')}, {surface.grid}"))
     for line in _facts(surface):
-        print(line)
-    if facts:
-        told = [
-            f"{key} {facts[key]}" for key in ("created", "placement", "distsurf", "torch") if key in facts
-        ]
-        print("; ".join(told))
-        if "evaluation" in facts:
-            how = facts["evaluation"]
-            steps = ", ".join(how["steps"]) or "plain"
-            print(f"evaluated in {how['precision']}, {steps}, batches of {how['batch_size']}")
-        for note in filter(None, (imprecision_in_words(surface, [column]) for column in surface.columns)):
-            print(note)
-        cosines = ", ".join(f"{pair} {value:.4f}" for pair, value in facts.get("cosines", {}).items())
+        print(_plain(line))
+    told = [f"{key} {facts[key]}" for key in ("created", "placement", "distsurf", "torch") if key in facts]
+    if told:
+        print(_plain("; ".join(told)))
+    # The file may be a stranger's, and its facts anything.
+    with contextlib.suppress(KeyError, TypeError):
+        how = facts["evaluation"]
+        steps = ", ".join(how["steps"]) or "plain"
+        print(_plain(f"evaluated in {how['precision']}, {steps}, batches of {how['batch_size']}"))
+    for note in filter(None, (imprecision_in_words(surface, [column]) for column in surface.columns)):
+        print(_plain(note))
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        cosines = ", ".join(f"{pair} {value:.4f}" for pair, value in facts["cosines"].items())
         if cosines:
-            print(f"cosine between directions: {cosines}")
+            print(_plain(f"cosine between directions: {cosines}"))
     for point, reason in list(surface.failures.items())[:5]:
         where = ", ".join(f"{c:g}" for c in surface.grid.coordinates_of(point))
-        print(f"failed at ({where}): {reason}")
+        print(_plain(f"failed at ({where}): {reason}"))
     return 0
+
+
+def _plain(text: str) -> str:
+    """Text from a file, in one line and without what a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _check(options: argparse.Namespace) -> int:
     from distsurf.surface import Status, SurfaceFile
 
+    if options.output is not None and not options.repair:
+        raise InputError("-o is for --repair")
+    if options.repair:
+        return _repair(options)
     with SurfaceFile.open(options.file) as file:
-        problems = file.check()
-        if problems:
-            raise DamagedFile(f"{options.file} is damaged: {'; '.join(problems)}")
+        file.require_sound()
         surface = file.read()
     done = surface.count(Status.EVALUATED) + surface.count(Status.INTERPOLATED)
     print(f"{options.file} is sound: {done:,} of {surface.grid.size:,} points have values")
@@ -225,6 +236,19 @@ def _check(options: argparse.Namespace) -> int:
         print(f"{surface.count(Status.PENDING):,} pending, {failed:,} failed: run the job again to continue")
         return Incomplete.exit_code
     return 0
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from distsurf.surface import Status
+    from distsurf.surface.repair import repair
+
+    path, problems, surface = repair(options.file, options.output)
+    kept = surface.count(Status.EVALUATED) + surface.count(Status.INTERPOLATED)
+    print(f"{options.file} is damaged: {problems}")
+    print(f"{path} has what can be trusted: {kept:,} of {surface.grid.size:,} points")
+    file, new = shlex.quote(str(options.file)), shlex.quote(str(path))
+    print(f"to complete it, run the job with --out {new}, or: mv {file} {file}.damaged && mv {new} {file}")
+    return DamagedFile.exit_code
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -107,6 +107,12 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         "check", "Check that a surface file is sound: exit code 0 complete, 3 incomplete, 4 damaged."
     )
     check.add_argument("file", type=Path, metavar="FILE.h5")
+    check.add_argument(
+        "--repair",
+        action="store_true",
+        help="write what can be trusted of a damaged file to a new one; the file itself stays as it is",
+    )
+    check.add_argument("-o", "--output", type=Path, help="the repaired file (default: NAME.repaired-1.h5)")
 
     bench = verb(
         "bench",

@@ -11,7 +11,7 @@ import numpy as np
 
 from distsurf.errors import DamagedFile, InputError
 from distsurf.evaluator import Column
-from distsurf.files import replacing
+from distsurf.files import free_name, replacing
 from distsurf.grid import Grid
 from distsurf.objective.recipe import DEFAULT_BATCH, Recipe
 from distsurf.surface import Status, SurfaceFile
@@ -34,6 +34,7 @@ def open_output(
         file = SurfaceFile.open(out, write=True)
         try:
             file.require(about["fingerprint"])
+            file.require_sound(points_only=True)
             names = [[column.name for column in side] for side in (file.columns, columns)]
             if names[0] != names[1]:
                 raise InputError(f"{out} has columns {', '.join(names[0])}, this job {', '.join(names[1])}")
@@ -79,10 +80,8 @@ def recorded(out: Path | None, fresh: bool) -> tuple[Recipe | None, int | None]:
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a file to the first free ``NAME.old-N.SUFFIX`` beside it."""
-    number = 1
-    while (kept := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
-        number += 1
+    """Rename a file to a free name beside it."""
+    kept = free_name(path, "old")
     path.rename(kept)
     return kept
 

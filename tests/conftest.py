@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from distsurf.surface import Status, Surface
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -20,6 +22,13 @@ ROOT = Path(__file__).parent.parent
 def _one_thread() -> None:
     """The same digits in the test's own process as in the ranks that it starts."""
     torch.set_num_threads(1)
+
+
+def forget(path: Path, *points: int) -> None:
+    """Make a surface file anew, without the values of some points."""
+    surface = Surface.load(path)
+    surface.status.ravel()[list(points)] = Status.PENDING
+    surface.save(path)
 
 
 @dataclass

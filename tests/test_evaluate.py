@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -19,8 +18,9 @@ import distsurf.surface
 from distsurf.errors import InputError
 from distsurf.subspace import Layout, normalize, random_direction
 from distsurf.surface import Status
+from distsurf.view.points import imprecision_in_words
 from tests.cases import CASES, Case
-from tests.conftest import Processes
+from tests.conftest import Processes, forget
 
 GRIDS = [
     {"x": "-1:2:7"},
@@ -446,6 +446,35 @@ def test_batch_norm_statistics_that_move(mode: str, tmp_path: Path) -> None:
         distsurf.evaluate(model, data, **settings)
 
 
+def test_statistics_that_would_not_move_are_refused() -> None:
+    """With ignore = bias_bn, the default, nothing one-dimensional moves; and a lone test split is no training data."""
+    model, (x, y) = _pictures()
+    with pytest.raises(
+        InputError, match=r"'interpolated': with directions\.ignore = 'bias_bn' the statistics do not"
+    ):
+        distsurf.evaluate(model, (x, y), batch_norm="interpolated", x="-1:1:3", progress="none")
+    with pytest.raises(InputError, match="from the split called 'train'; the data has only test"):
+        distsurf.evaluate(model, {"test": (x, y)}, batch_norm="recomputed", x="-1:1:3", progress="none")
+
+
+def test_overflow_of_half_precision_is_told() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with torch.no_grad():
+        model[1].weight.mul_(1e6)
+    data = (torch.randn(300, 12), torch.zeros(300, dtype=torch.int64))
+    surface = distsurf.evaluate(model, data, precision="fp16", x="-1:1:3", progress="none")
+    assert not np.isfinite(surface["loss"]).all()
+    assert imprecision_in_words(surface, surface.columns) == "fp16: loss is not finite where float64 is"
+
+
+def test_scripted_modules_have_their_precision_measured() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+    data = (torch.randn(3000, 12), torch.zeros(3000, dtype=torch.int64))
+    surface = distsurf.evaluate(model, data, precision="bf16", x="-1:1:51", y="-1:1:51", progress="none")
+    assert len(surface.facts["evaluation"]["errors"]) == 5
+    assert not any("raises" in why for why in surface.facts["evaluation"]["dropped"].values())
+
+
 def test_batch_norm_modes_that_cannot_be() -> None:
     model = nn.Linear(3, 2)
     data = (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))
@@ -454,7 +483,7 @@ def test_batch_norm_modes_that_cannot_be() -> None:
     ):
         distsurf.evaluate(model, data, batch_norm="recomputed", x="0:1:2", progress="none")
     model, (x, y) = _pictures()
-    with pytest.raises(InputError, match="the split called 'train'; the data has a, b"):
+    with pytest.raises(InputError, match="the split called 'train'; the data has only a, b"):
         distsurf.evaluate(
             model, {"a": (x, y), "b": (x, y)}, batch_norm="recomputed", x="0:1:2", progress="none"
         )
@@ -481,9 +510,7 @@ def test_a_file_is_continued_with_the_steps_it_was_begun_with(tmp_path: Path) ->
     for plain, steps in ((True, []), (False, ["fold", "channels_last", "fuse"])):
         begun = distsurf.evaluate(model, data, fast=not plain, fresh=True, **settings)
         assert begun.facts["evaluation"]["steps"] == steps
-        with h5py.File(tmp_path / "s.h5", "r+") as h5:
-            h5["status"][1] = Status.PENDING
-            h5["loss"][1] = np.nan
+        forget(tmp_path / "s.h5", 1)
         continued = distsurf.evaluate(model, data, **settings)
         assert continued["loss"].tobytes() == begun["loss"].tobytes()
         assert continued.facts["evaluation"] == begun.facts["evaluation"]
@@ -654,8 +681,7 @@ def test_a_file_tells_of_one_way_only(tmp_path: Path) -> None:
     model, data = _pictures()
     settings: dict[str, Any] = {"x": "-1:1:12", "out": tmp_path / "s.h5", "progress": "none"}
     distsurf.evaluate(model, data, **settings)
-    with h5py.File(tmp_path / "s.h5", "r+") as h5:
-        h5["status"][1] = Status.PENDING
+    forget(tmp_path / "s.h5", 1)
     for asked in (["fold"], ["fold", "channels_last", "fuse", "many"]):
         with pytest.raises(InputError, match=r"begun with fold, channels_last, fuse .* asked for now"):
             distsurf.evaluate(model, data, fast=asked, **settings)
@@ -675,6 +701,5 @@ def test_steps_that_were_asked_for_and_did_not_hold_may_be_asked_for_again(tmp_p
     begun = distsurf.evaluate(model, data, **settings)
     assert begun.facts["evaluation"]["steps"] == ["fold"]
     assert begun.facts["evaluation"]["dropped"] == {"graph": "there is nothing for it to do here"}
-    with h5py.File(tmp_path / "s.h5", "r+") as h5:
-        h5["status"][1] = Status.PENDING
+    forget(tmp_path / "s.h5", 1)
     assert distsurf.evaluate(model, data, **settings)["loss"].tobytes() == begun["loss"].tobytes()

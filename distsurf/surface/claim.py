@@ -16,22 +16,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
+from distsurf.errors import DamagedFile, InputError
+from distsurf.surface.layout import Place, read_layout
+from distsurf.surface.storage import Disk, Storage
 
-from distsurf.errors import InputError
-
-RECORD = "writer"
-RECORD_BYTES = 512
 BEAT_SECONDS = 2.0
 """How often a writer counts on."""
 PATIENCE_SECONDS = 5.0
 """How long a count that cannot be trusted otherwise is watched: more than two beats."""
-
-
-def lay_out(handle: h5py.File) -> None:
-    """Allocate the record, empty."""
-    handle.create_dataset(RECORD, data=np.zeros((), f"S{RECORD_BYTES}"))
 
 
 class Claim:
@@ -40,12 +32,12 @@ class Claim:
     Raises InputError with the other writer's host, process and start while there is one.
     """
 
-    def __init__(self, path: Path, handle: h5py.File):
-        self._handle = handle
-        record = _record(handle)
+    def __init__(self, path: Path, storage: Storage, place: Place):
+        self._storage, self._place = storage, place
+        record = _record(storage, place)
         self._lock = _locked(path, record)
         is_sure = self._lock is not None and record.get("host") == socket.gethostname()
-        if record and not is_sure and _goes_on(path, record):
+        if record and not is_sure and _goes_on(path, place, record):
             if self._lock is not None:
                 os.close(self._lock)
             raise InputError(_in_words(path, record))
@@ -63,22 +55,30 @@ class Claim:
         if time.monotonic() - self._beat_at >= BEAT_SECONDS:
             self._beat_at = time.monotonic()
             self._record["beat"] += 1
-            _write(self._handle, json.dumps(self._record))
+            self._write(json.dumps(self._record))
 
     def release(self) -> None:
-        """Let others write; the lock goes also where the file cannot be written any more."""
+        """Let others write; the lock goes also where the file cannot be written any more. May raise OSError."""
         try:
-            _write(self._handle, "")
+            self._write("")
         finally:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
 
+    def _write(self, text: str) -> None:
+        self._storage.write(self._place.offset, text.encode().ljust(self._place.dtype.itemsize, b"\0"))
+
 
 def require_unclaimed(path: Path) -> None:
     """Raise InputError while another process holds a file's lock: a look in passing, which never waits."""
-    with contextlib.suppress(OSError), h5py.File(path, "r", locking=False) as handle:
-        lock = _locked(path, _record(handle))
+    with contextlib.suppress(OSError), contextlib.closing(Disk(path, write=False)) as storage:
+        record: dict[str, Any] = {}
+        with contextlib.suppress(DamagedFile):
+            layout = read_layout(storage)
+            if layout is not None:
+                record = _record(storage, layout.places["state/writer"])
+        lock = _locked(path, record)
         if lock is not None:
             os.close(lock)
 
@@ -96,32 +96,26 @@ def _locked(path: Path, record: dict[str, Any]) -> int | None:
     return descriptor
 
 
-def _goes_on(path: Path, record: dict[str, Any]) -> bool:
+def _goes_on(path: Path, place: Place, record: dict[str, Any]) -> bool:
     """Whether a writer's count goes on: clocks of other hosts need not agree with ours."""
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
         time.sleep(0.25)
-        with contextlib.suppress(OSError), h5py.File(path, "r", locking=False) as handle:
-            now = _record(handle)
+        with contextlib.suppress(OSError, DamagedFile), contextlib.closing(Disk(path, write=False)) as file:
+            now = _record(file, place)
             if now != record:
                 return bool(now)
     return False
 
 
-def _record(handle: h5py.File) -> dict[str, Any]:
-    """What the last writer left; nothing if it went in good order, or the file is older than this."""
+def _record(storage: Storage, place: Place) -> dict[str, Any]:
+    """What the last writer left; nothing if it went in good order."""
+    text = storage.read(place.offset, place.dtype.itemsize).rstrip(b"\0")
     try:
-        text = bytes(handle[RECORD][()]).decode()
         found = json.loads(text) if text else {}
-        return found if isinstance(found, dict) else {}
-    except (KeyError, ValueError, OSError):
+    except (ValueError, RecursionError):
         return {}
-
-
-def _write(handle: h5py.File, text: str) -> None:
-    if RECORD in handle:
-        handle[RECORD][()] = text.encode()[: RECORD_BYTES - 1]
-        handle.flush()
+    return found if isinstance(found, dict) else {}
 
 
 def _in_words(path: Path, record: dict[str, Any]) -> str:

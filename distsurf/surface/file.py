@@ -1,63 +1,55 @@
-"""The surface file: HDF5, laid out once, then only written in place.
-
-Layout (every dataset is allocated at creation and never resized, because files that change their structure were
-measured not to survive ``kill -9``, while in-place writes with a flush did, 175 times of 175):
+"""The surface file: HDF5 for whoever reads it, laid out once, then only written in place.
 
 - ``/x`` ``/y`` ``/z``: axes, as HDF5 dimension scales, so that xarray sees labelled dimensions;
 - one float64 dataset per column, shape ``[z, y, x]``, NaN where there is no value; ``/cost`` in seconds;
-- ``/status`` uint8 per point, written and flushed after the values that it vouches for;
-- ``/failures/point`` and ``/failures/reason``: why points failed;
-- ``/writer``: who is writing now (`distsurf.surface.claim`);
-- root attributes ``format``, ``job`` (TOML), ``fingerprint`` (JSON) and ``facts`` (JSON).
+- ``/status`` uint8 per point, written when what it vouches for has reached the disk;
+- ``/state/checksum``: CRC-32 of each point's record; ``/state/totals``: how many points were evaluated, and how many
+  not pending, so that a status that is lost shows; ``/state/attempts``: how often a point was begun and not ended;
+- ``/failures``: why points failed; ``/state/writer``: who is writing now (`distsurf.surface.claim`);
+- attributes ``job`` (TOML), ``fingerprint`` and ``facts`` (JSON), as in the header (`distsurf.surface.layout`).
 
-The file is opened without HDF5's own locks, which many cluster file systems refuse: readers never need one, since
-the structure is final from the first byte.
+Results go to their places with plain writes. In-place writes were measured to survive ``kill -9`` 175 times of 175, and
+one that fails (a full disk) leaves nothing half done in a library: it is tried again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from distsurf.errors import DamagedFile, DistsurfError, InputError
+from distsurf.errors import DamagedFile, InputError
 from distsurf.evaluator import Column
-from distsurf.files import replacing
+from distsurf.files import free_name, replacing
 from distsurf.grid import Grid
-from distsurf.surface import claim
 from distsurf.surface.claim import Claim
+from distsurf.surface.layout import Layout, bytes_needed, lay_out, read_layout
+from distsurf.surface.records import Points, Problem, Records, Values
+from distsurf.surface.storage import Disk, Memory, Storage
 from distsurf.surface.surface import Status, Surface
-
-FORMAT = "distsurf-surface-1"
-COST = Column("cost", "s")
-MAX_FAILURES = 1000
-REASON_BYTES = 400
-# HDF5 keeps attributes in the object header, which ends at 64 KiB.
-MAX_ATTRIBUTE_BYTES = 60_000
-RESERVED_NAMES = frozenset({"x", "y", "z", "status", "cost", "failures", claim.RECORD})
 
 
 class SurfaceFile:
     """One surface file, open. Use `create`, `open` or `memory`; close it, or use it in a ``with``."""
 
-    def __init__(self, handle: h5py.File, path: Path | None, claim: Claim | None = None):
-        self._h5 = handle
+    def __init__(self, storage: Storage, layout: Layout, path: Path | None, claim: Claim | None = None):
         self.path = path
-        self._claim = claim
-        self._pending: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]] = []
+        self._storage, self._layout, self._claim = storage, layout, claim
+        self._records = Records(storage, layout)
+        self._pending: list[tuple[Points, Values, Values]] = []
         self._pending_failures: dict[int, str] = {}
-        with _readable(path):
-            self.grid, self.columns = _read_structure(handle)
+        self._status = self._records.array("status").copy()
+        self._attempts = self._records.array("state/attempts").copy()
+        self._slots: list[int] = self._records.array("failures/point").tolist()
+        self._is_open = True
 
     # -- making and opening -------------------------------------------------------------------------------
 
@@ -72,9 +64,8 @@ class SurfaceFile:
         facts: Mapping[str, Any] | None = None,
     ) -> SurfaceFile:
         """A surface file that lives in memory only: the same layout and code, nothing on disk."""
-        handle = h5py.File(io.BytesIO(), "w")
-        _lay_out(handle, grid, columns, job, fingerprint or {}, facts or {})
-        return cls(handle, None)
+        storage = Memory()
+        return cls(storage, lay_out(storage, grid, columns, job, fingerprint or {}, facts or {}), None)
 
     @classmethod
     def create(
@@ -89,19 +80,12 @@ class SurfaceFile:
     ) -> SurfaceFile:
         """Lay out a new file with every point pending and open it for recording.
 
-        The file appears under its name only once it is whole and on disk; an existing one is replaced.
-        Raises InputError if the folder cannot be written.
+        The file appears under its name only once it is whole and on disk. Raises InputError if there is one already,
+        or the folder or the disk does not take it.
         """
         path = Path(path)
-        needed = grid.size * (8 * (len(columns) + 1) + 1)
-        with replacing(path) as temporary:
-            free = shutil.disk_usage(path.parent).free
-            if needed > free:
-                raise InputError(
-                    f"{path} would take {needed / 1e9:.3g} GB, its disk has {free / 1e9:.3g} GB left"
-                )
-            with h5py.File(temporary, "w", locking=False) as handle:
-                _lay_out(handle, grid, columns, job, fingerprint or {}, facts or {})
+        with _new_file(path, grid, columns, may_exist=False) as storage:
+            lay_out(storage, grid, columns, job, fingerprint or {}, facts or {})
         return cls.open(path, write=True)
 
     @classmethod
@@ -111,40 +95,37 @@ class SurfaceFile:
         Raises InputError (missing, no surface, being written by another process) or DamagedFile (cannot be read).
         """
         path = Path(path)
-        if not path.is_file():
-            raise InputError(f"no surface file {path}")
-        if write and not os.access(path, os.W_OK):
-            raise InputError(f"{path} cannot be written: check its permissions, or choose another --out")
-        if not h5py.is_hdf5(path):
-            raise InputError(f"{path} is not a surface file (it is not HDF5)")
-        with _readable(path):
-            handle = h5py.File(path, "r+" if write else "r", locking=False)
-        with _readable(path):
-            is_ours = "format" in handle.attrs
-        if not is_ours:
-            handle.close()
-            raise InputError(f"{path} is HDF5 but not a surface file of distsurf")
-        held = None
+        storage = opened(path, write=write)
+        claim = None
         try:
-            held = Claim(path, handle) if write else None
-            return cls(handle, path, held)
+            with readable(path):
+                layout = read_layout(storage)
+            if layout is None:
+                raise InputError(f"{path} is not a surface file of distsurf")
+            if write:
+                claim = Claim(path, storage, layout.places["state/writer"])
+            with readable(path):
+                return cls(storage, layout, path, claim)
         except BaseException:
-            if held is not None:
-                held.release()
-            handle.close()
+            if claim is not None:
+                claim.release()
+            storage.close()
             raise
 
     @classmethod
     def write(cls, path: Path, surface: Surface) -> None:
-        """Write a surface in memory to a file, under a temporary name first."""
-        with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as handle:
-            _lay_out(handle, surface.grid, surface.columns, surface.job, surface.fingerprint, surface.facts)
-            file = cls(handle, path)
-            for name, values in surface.values.items():
-                handle[name][...] = values
-            handle["cost"][...] = surface.cost
-            file._write_failures(surface.failures)
-            handle["status"][...] = surface.status
+        """Write a surface in memory to a file, under a temporary name first. Raises InputError where that fails."""
+        with _new_file(path, surface.grid, surface.columns) as storage:
+            about = surface.job, surface.fingerprint, surface.facts
+            file = cls(storage, lay_out(storage, surface.grid, surface.columns, *about), None)
+            status = surface.status.ravel()
+            for kind in (Status.EVALUATED, Status.INTERPOLATED):
+                points = np.flatnonzero(status == kind)
+                values = [surface.values[column.name].ravel()[points] for column in surface.columns]
+                file._write_values(points, np.stack(values, axis=1), surface.cost.ravel()[points], kind)
+            failed = np.flatnonzero(status == Status.FAILED).tolist()
+            file._pending_failures = {point: surface.failures.get(point, "unknown") for point in failed}
+            file.commit()
 
     def __enter__(self) -> SurfaceFile:
         return self
@@ -157,28 +138,53 @@ class SurfaceFile:
             return
         # What went wrong may well be the writing itself: a second complaint would hide the first.
         with contextlib.suppress(OSError):
-            self.commit()
-        with contextlib.suppress(OSError):
-            self._let_go()
+            self.close()
 
     def close(self) -> None:
-        """Commit what is recorded and close."""
-        if self._h5:
-            self.commit()
-            self._let_go()
+        """Commit what is recorded and close.
 
-    def _let_go(self) -> None:
+        Raises OSError where the disk does not take what was recorded; the file is closed all the same.
+        """
+        if not self._is_open:
+            return
+        self._is_open = False
         try:
-            if self._claim is not None:
-                self._claim.release()
+            self._commit_at_last()
         finally:
-            self._h5.close()
+            if self._claim is not None:
+                with contextlib.suppress(OSError):
+                    self._claim.release()
+            self._storage.close()
+
+    def _commit_at_last(self) -> None:
+        has_results = self.unwritten > 0
+        try:
+            self.commit()
+        except OSError:
+            if has_results:
+                raise
+        if self._claim is not None:
+            self._storage.sync()
 
     # -- recording ----------------------------------------------------------------------------------------
 
-    def record(
-        self, points: NDArray[np.int64], values: NDArray[np.float64], seconds: NDArray[np.float64]
-    ) -> None:
+    def begin(self, points: Points) -> None:
+        """Note, at once, that points are about to be evaluated: should they kill their process, the file tells."""
+        self._note_attempts(points, 1)
+
+    def withdraw(self, points: Points) -> None:
+        """Take `begin` back for points that were given up in good order."""
+        self._note_attempts(points, -1)
+
+    def _note_attempts(self, points: Points, change: int) -> None:
+        points = np.sort(points)
+        counts = np.clip(self._attempts[points].astype(np.int64) + change, 0, 255)
+        self._attempts[points] = counts
+        # If the disk does not take it, results will not be taken either, and `commit` says so.
+        with contextlib.suppress(OSError):
+            self._records.put("state/attempts", points, counts)
+
+    def record(self, points: Points, values: Values, seconds: Values) -> None:
         """Take the values ``(P, C)`` and costs ``(P,)`` of points ``(P,)``; `commit` brings them to the file."""
         if len(points):
             self._pending.append((points, values, seconds))
@@ -188,98 +194,173 @@ class SurfaceFile:
         self._pending_failures[point] = reason
 
     def commit(self) -> None:
-        """Write what was recorded since the last commit: values, flush, statuses, flush."""
+        """Bring what was recorded since the last commit to the disk: values, then the statuses that vouch for them.
+
+        Raises OSError where the disk does not take it: nothing is forgotten, and the next commit tries again.
+        """
         if self._claim is not None:
             self._claim.beat()
+        if isinstance(self._storage, Disk) and self._claim is not None:
+            self._storage.require_in_place()
         if not self._pending and not self._pending_failures:
             return
         if self._pending:
-            points, values, seconds = (np.concatenate(part) for part in zip(*self._pending, strict=True))
-            for i, column in enumerate(self.columns):
-                self._write_points(column.name, points, values[:, i])
-            self._write_points(COST.name, points, seconds)
-        self._write_failures(self._pending_failures)
-        self._h5.flush()
-        if self._pending:
-            self._write_points("status", points, np.full(len(points), Status.EVALUATED, np.uint8))
+            points, values, cost = (np.concatenate(part) for part in zip(*self._pending, strict=True))
+            self._write_values(points, values, cost, Status.EVALUATED)
         if self._pending_failures:
-            failed = np.fromiter(self._pending_failures, np.int64)
-            self._write_points("status", failed, np.full(len(failed), Status.FAILED, np.uint8))
-        self._h5.flush()
+            failed = np.array(sorted(self._pending_failures), np.int64)
+            self._records.put_failures(self._slots_for(self._pending_failures), self._pending_failures)
+            self._storage.sync()
+            self._write_status(failed, Status.FAILED)
+        self._records.put_totals(self._status)
         self._pending, self._pending_failures = [], {}
 
-    def _write_points(self, name: str, points: NDArray[np.int64], values: NDArray[Any]) -> None:
-        # h5py's own fancy indexing takes about 0.1 ms a point; an element selection writes them in one call.
-        dataset = self._h5[name].id
-        space = dataset.get_space()
-        space.select_elements(np.stack(np.unravel_index(points, self.grid.shape), axis=1))
-        memory = h5py.h5s.create_simple((len(points),))
-        dataset.write(memory, space, np.ascontiguousarray(values))
+    def _write_values(self, points: Points, values: Values, cost: Values, kind: Status) -> None:
+        order = np.argsort(points, kind="stable")
+        points, values, cost = points[order], values[order], cost[order]
+        self._records.put_values(points, values, cost, np.full(len(points), kind, np.uint8))
+        self._storage.sync()  # or the machine may die with the status on its disk and not the values
+        self._write_status(points, kind)
 
-    def _write_failures(self, failures: Mapping[int, str]) -> None:
-        if not failures:
-            return
-        recorded = self._h5["failures/point"][:].tolist()
-        status = self._h5["status"][...].ravel()
-        slot_of = {point: slot for slot, point in enumerate(recorded) if point >= 0}
-        # A slot is free if it was never used or speaks of a point that has succeeded since.
+    def _write_status(self, points: Points, kind: Status) -> None:
+        self._records.put("status", points, np.full(len(points), kind, np.uint8))
+        self._status[points] = kind
+
+    def _slots_for(self, failures: Mapping[int, str]) -> dict[int, int]:
+        """Places in the table of failures: where a point has one, that; else one that nobody needs any more."""
+        slot_of = {point: slot for slot, point in enumerate(self._slots) if point >= 0}
         free = [
-            i for i, p in enumerate(recorded) if p < 0 or (p not in failures and status[p] != Status.FAILED)
+            slot
+            for slot, point in enumerate(self._slots)
+            if point < 0 or (point not in failures and self._status[point] != Status.FAILED)
         ]
-        for point, reason in failures.items():
-            slot = slot_of[point] if point in slot_of else free.pop(0) if free else None
-            if slot is not None:  # the table is full: the point is marked failed all the same
-                self._h5["failures/point"][slot] = point
-                self._h5["failures/reason"][slot] = reason.encode()[:REASON_BYTES]
+        found = {}
+        for point in failures:
+            if point in slot_of:
+                found[point] = slot_of[point]
+            elif free:
+                found[point] = free.pop(0)
+                self._slots[found[point]] = point
+        return found
+
+    # -- when the disk lets us down -----------------------------------------------------------------------
+
+    @property
+    def unwritten(self) -> int:
+        """How many results wait for the disk to take them."""
+        return sum(len(points) for points, _, _ in self._pending) + len(self._pending_failures)
+
+    def put_back(self) -> None:
+        """Give the file its name again after somebody removed it: what was recorded is still in our hands.
+
+        Raises OSError or InputError where that cannot be done, in particular where there is another file by now.
+        """
+        assert self.path is not None
+        whole = self._storage.read(0, self._layout.size)
+        with _new_file(self.path, self.grid, self.columns, may_exist=False) as storage:
+            storage.write(0, whole)
+        storage = Disk(self.path, write=True)
+        claim = Claim(self.path, storage, self._layout.places["state/writer"])
+        old_storage, old_claim = self._storage, self._claim
+        self._storage, self._claim, self._records = storage, claim, Records(storage, self._layout)
+        with contextlib.suppress(OSError):
+            if old_claim is not None:
+                old_claim.release()
+            old_storage.close()
+
+    def rescue(self, surface: Surface, folders: Sequence[Path]) -> Path | None:
+        """Save what the disk did not take, with all the rest, to the first of some folders that takes it.
+
+        However that ends, the results wait no longer for their own place. Returns the new file's name, if any.
+        """
+        assert self.path is not None
+        self._pending, self._pending_failures = [], {}
+        for folder in folders:
+            with contextlib.suppress(OSError, InputError):
+                path = free_name(folder / self.path.name, "rescued")
+                SurfaceFile.write(path, surface)
+                return path
+        return None
 
     # -- reading ------------------------------------------------------------------------------------------
 
     @property
+    def grid(self) -> Grid:
+        """The grid."""
+        return self._layout.grid
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns."""
+        return self._layout.columns
+
+    @property
     def fingerprint(self) -> dict[str, str]:
         """What the values depend on, field by field."""
-        return dict(json.loads(self._h5.attrs["fingerprint"]))
+        return dict(self._layout.fingerprint)
 
     @property
     def facts(self) -> dict[str, Any]:
         """Versions, device and so on at the file's creation."""
-        return dict(json.loads(self._h5.attrs["facts"]))
+        return dict(self._layout.facts)
 
     @property
     def job(self) -> str:
         """The job as TOML text."""
-        return str(self._h5.attrs["job"])
+        return self._layout.job
 
     def status(self) -> NDArray[np.uint8]:
-        """Status of every point, of the grid's shape."""
-        return np.asarray(self._h5["status"][...])
+        """Status of every point in the file, of the grid's shape."""
+        return self._records.array("status").reshape(self.grid.shape)
+
+    def attempts(self) -> NDArray[np.uint8]:
+        """How often each point was begun without coming to an end, of the grid's shape."""
+        return self._attempts.reshape(self.grid.shape)
+
+    def forgive(self) -> None:
+        """Forget the attempts at points that have failed: they get a new chance."""
+        points = np.flatnonzero((self._status == Status.FAILED) & (self._attempts > 0))
+        self._note_attempts(points, -255)
+
+    def differing(self, points: Points, values: Values) -> Points:
+        """Which of these points have been recorded with other values, bit for bit."""
+        surface = self.read()
+        recorded = np.stack([surface.values[c.name].ravel()[points] for c in self.columns], axis=1)
+        same = (np.ascontiguousarray(values).view(np.int64) == recorded.view(np.int64)).all(axis=1)
+        return points[~same]
 
     def read(self) -> Surface:
-        """Everything in the file. Raises DamagedFile if it cannot be read."""
-        with _readable(self.path):
-            return self._read()
+        """Everything in the file, and what was recorded and is not there yet. Raises DamagedFile if it cannot be read.
 
-    def _read(self) -> Surface:
+        Points that do not match their checksums are left out, with a warning.
+        """
+        with readable(self.path):
+            return self._surface()
+
+    def _surface(self) -> Surface:
         # The status is read first: a writer may add values while we read, never take any away.
-        status = self.status()
-        failures = {
-            int(point): bytes(reason).decode(errors="replace")
-            for point, reason in zip(
-                self._h5["failures/point"][:], self._h5["failures/reason"][:], strict=True
+        status = self._records.array("status").copy()
+        wrong = np.flatnonzero((status != Status.PENDING) & ~self._records.vouched(status))
+        if len(wrong):
+            warnings.warn(
+                f"{self.path}: {len(wrong):,} points do not match their checksums and are left out; "
+                "distsurf check tells more",
+                stacklevel=4,
             )
-            if 0 <= point < status.size and status.ravel()[point] == Status.FAILED
-        }
-        return Surface(
-            grid=self.grid,
-            columns=self.columns,
-            values={column.name: np.asarray(self._h5[column.name][...]) for column in self.columns},
-            status=status,
-            cost=np.asarray(self._h5["cost"][...]),
-            failures=failures,
-            job=self.job,
-            fingerprint=self.fingerprint,
-            facts=self.facts,
-            path=self.path,
-        )
+            status[wrong] = Status.PENDING
+        surface = self._records.surface(status, self.path)
+        flat = surface.status.ravel()
+        for point, reason in self._pending_failures.items():
+            flat[point] = Status.FAILED
+            surface.failures[point] = reason
+        for points, values, seconds in self._pending:
+            flat[points] = Status.EVALUATED
+            surface.cost.ravel()[points] = seconds
+            for i, column in enumerate(self.columns):
+                surface.values[column.name].ravel()[points] = values[:, i]
+            for point in points.tolist():
+                surface.failures.pop(point, None)
+        return surface
 
     def require(self, fingerprint: Mapping[str, str]) -> None:
         """Raise InputError, naming the fields that differ, unless this file was made by the same job."""
@@ -295,104 +376,76 @@ class SurfaceFile:
                 "Choose another output with --out, or start anew with --fresh (the old file is kept beside it)"
             )
 
-    def check(self) -> list[str]:
-        """Contradictions within the file, one readable line each; empty if it is sound."""
+    def problems(self) -> list[Problem]:
+        """Contradictions within the file; empty if it is sound."""
         try:
-            self.read()
+            return self._records.problems()
         except DamagedFile as error:
-            return [str(error)]
-        problems = []
-        status = self.status()
-        unknown = np.setdiff1d(np.unique(status), [int(s) for s in Status])
-        if unknown.size:
-            problems.append(f"unknown status values {', '.join(map(str, unknown))}")
-        evaluated = status == Status.EVALUATED
-        costs = self._h5["cost"][...]
-        unpaid = evaluated & ~(costs >= 0)
-        if unpaid.any():
-            problems.append(f"{int(unpaid.sum())} points are marked evaluated but have no cost")
-        return problems
+            return [Problem(str(error), np.empty(0, np.int64))]
+
+    def require_sound(self, *, points_only: bool = False) -> None:
+        """Raise DamagedFile, with everything that is wrong, unless the file is sound.
+
+        With ``points_only`` it may have been changed elsewhere, as other programs do that write to it.
+        """
+        problems = [problem for problem in self.problems() if problem.concerns_points or not points_only]
+        if problems:
+            raise DamagedFile(f"{self.path} is damaged: {in_words(problems, self.grid)}. {REMEDY}")
 
 
-@contextlib.contextmanager
-def _readable(path: Path | None) -> Iterator[None]:
-    """Whatever HDF5 or a parser says of bytes that are not what they should be is damage."""
+REMEDY = "distsurf check --repair writes what can be trusted to a new file, which the job then completes"
+
+
+def in_words(problems: Sequence[Problem], grid: Grid) -> str:
+    """Problems in a line, with the first few points of each."""
+    return "; ".join(problem.text + _where(problem.points, grid) for problem in problems)
+
+
+def _where(points: Points, grid: Grid) -> str:
+    if not len(points):
+        return ""
+    shown = [f"({', '.join(f'{c:g}' for c in grid.coordinates_of(int(point)))})" for point in points[:3]]
+    return f", at {', '.join(shown)}{', …' if len(points) > len(shown) else ''}"
+
+
+def opened(path: Path, *, write: bool) -> Disk:
+    """A file's bytes. Raises InputError where there is none or it cannot be opened."""
+    if not path.is_file():
+        raise InputError(f"no surface file {path}")
     try:
-        yield
-    except DistsurfError as error:
-        raise DamagedFile(f"{path or 'the surface'} is damaged: {error}") from error
-    except Exception as error:
-        said = " ".join(str(error).split())
-        raise DamagedFile(
-            f"{path or 'the surface'} is HDF5 that cannot be opened or read whole: {said}"
+        return Disk(path, write=write)
+    except OSError as error:
+        verb = "written" if write else "read"
+        raise InputError(
+            f"{path} cannot be {verb} ({error.strerror}): check its permissions, or choose another --out"
         ) from error
 
 
-def _lay_out(
-    handle: h5py.File,
-    grid: Grid,
-    columns: Sequence[Column],
-    job: str,
-    fingerprint: Mapping[str, str],
-    facts: Mapping[str, Any],
-) -> None:
-    for name in (column.name for column in columns):
-        if name in RESERVED_NAMES or "/" in name or not name:
-            taken = ", ".join(sorted(RESERVED_NAMES))
-            raise InputError(
-                f"a column cannot be called {name!r}: no '/', not empty, and none of {taken}; rename the split or value"
-            )
-    for name, axis in zip(grid.names, grid.axes, strict=True):
-        handle.create_dataset(name, data=axis.values)
-        handle[name].make_scale(name)
-
-    def allocate(column: Column, fill: float | int, dtype: type) -> None:
-        dataset = handle.create_dataset(column.name, shape=grid.shape, dtype=dtype, fillvalue=fill)
-        dataset[...] = fill  # HDF5 gives a contiguous dataset its place in the file at the first write
-        dataset.attrs["units"] = column.unit
-        for dimension, name in enumerate(reversed(grid.names)):
-            dataset.dims[dimension].label = name
-            dataset.dims[dimension].attach_scale(handle[name])
-
-    for column in (*columns, COST):
-        allocate(column, np.nan, np.float64)
-    allocate(Column("status"), int(Status.PENDING), np.uint8)
-    handle["status"].attrs["meaning"] = ", ".join(
-        f"{status.value} {status.name.lower()}" for status in Status
-    )
-
-    slots = min(grid.size, MAX_FAILURES)
-    claim.lay_out(handle)
-    failures = handle.create_group("failures")
-    failures.create_dataset("point", data=np.full(slots, -1, np.int64))
-    failures.create_dataset("reason", data=np.zeros(slots, f"S{REASON_BYTES}"))
-
-    texts = {"job": job, "fingerprint": json.dumps(dict(fingerprint)), "facts": json.dumps(dict(facts))}
-    for name, text in texts.items():
-        if len(text.encode()) > MAX_ATTRIBUTE_BYTES:
-            raise InputError(
-                f"the {name} text is {len(text.encode())} bytes long; a surface file holds {MAX_ATTRIBUTE_BYTES}"
-            )
-        handle.attrs[name] = text
-    handle.attrs["columns"] = json.dumps([column.name for column in columns])
-    handle.attrs["grid"] = json.dumps([str(axis) for axis in grid.axes])
-    handle.attrs["format"] = FORMAT
-    handle.flush()
+@contextlib.contextmanager
+def _new_file(path: Path, grid: Grid, columns: Sequence[Column], *, may_exist: bool = True) -> Iterator[Disk]:
+    """The bytes of a file that gets its name when all of them are written."""
+    needed = bytes_needed(grid, columns)
+    try:
+        with replacing(path, may_exist=may_exist) as temporary:
+            free = shutil.disk_usage(path.parent).free
+            if needed > free:
+                raise InputError(
+                    f"{path} would take {needed / 1e9:.3g} GB, its disk has {free / 1e9:.3g} GB left"
+                )
+            with contextlib.closing(Disk(temporary, write=True)) as storage:
+                yield storage
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): make room, or choose another --out"
+        ) from error
 
 
-def _read_structure(handle: h5py.File) -> tuple[Grid, tuple[Column, ...]]:
-    found = handle.attrs["format"]
-    if found != FORMAT:
-        raise DamagedFile(f"surface file of format {found!r}; this version reads {FORMAT!r}")
-    texts = json.loads(handle.attrs["grid"])
-    grid = Grid.parse(dict(zip("xyz", texts, strict=False)))
-    names = json.loads(handle.attrs["columns"])
-    for name in (*names, "cost", "status"):
-        if handle[name].shape != grid.shape:
-            raise DamagedFile(f"dataset {name} has shape {handle[name].shape}, the grid {grid.shape}")
-    for name, axis in zip(grid.names, grid.axes, strict=True):
-        if not np.array_equal(handle[name][...], axis.values):
-            raise DamagedFile(f"the coordinates {name} are not those of the axis {axis}")
-    if handle["failures/point"].shape != handle["failures/reason"].shape:
-        raise DamagedFile("the table of failures has columns of different length")
-    return grid, tuple(Column(name, str(handle[name].attrs["units"])) for name in names)
+@contextlib.contextmanager
+def readable(path: Path | None) -> Iterator[None]:
+    """Name the file that is damaged."""
+    try:
+        yield
+    except DamagedFile as error:
+        raise DamagedFile(f"{path or 'the surface'} is damaged: {error}. {REMEDY}") from error
+    except OSError as error:
+        raise InputError(f"{path or 'the surface'} cannot be read: {error.strerror}") from error

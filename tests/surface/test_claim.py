@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import pytest
 from distsurf.errors import InputError
 from distsurf.grid import Grid
 from distsurf.surface import Column, Surface, SurfaceFile, claim
+from distsurf.surface.layout import Place, read_layout
+from distsurf.surface.storage import Disk
 from tests.conftest import Processes
 
 GRID = Grid.parse({"x": "0:1:5"})
@@ -54,7 +57,7 @@ def test_a_second_writer_is_told_of_the_first(processes: Processes, path: Path) 
             attempt()
     assert Surface.load(path).grid == GRID  # readers are welcome
     with SurfaceFile.open(path) as reader:
-        assert reader.check() == []
+        assert reader.problems() == []
     assert process.poll() is None
 
 
@@ -77,17 +80,27 @@ def test_a_writer_that_went_leaves_nothing(path: Path) -> None:
         assert _told(path) == {}
 
 
+def _place(path: Path) -> Place:
+    with closing(Disk(path, write=False)) as storage:
+        layout = read_layout(storage)
+    assert layout is not None
+    return layout.places["state/writer"]
+
+
 def _told(path: Path) -> dict[str, Any]:
     with h5py.File(path, "r", locking=False) as handle:
-        text = bytes(handle[claim.RECORD][()]).decode()
+        text = bytes(handle["state/writer"][0]).decode()
     return dict(json.loads(text)) if text else {}
 
 
+def _write(path: Path, text: bytes) -> None:
+    with closing(Disk(path, write=True)) as storage:
+        storage.write(_place(path).offset, text.ljust(512, b"\0"))
+
+
 def _leave(path: Path, host: str, beat: int) -> None:
-    with h5py.File(path, "r+", locking=False) as handle:
-        handle[claim.RECORD][()] = json.dumps(
-            {"host": host, "pid": 7, "started": "2026-01-01", "beat": beat}
-        ).encode()
+    record = {"host": host, "pid": 7, "started": "2026-01-01", "beat": beat}
+    _write(path, json.dumps(record).encode())
 
 
 @pytest.mark.parametrize("without_locks", [False, True])
@@ -125,19 +138,9 @@ def test_a_writer_counts_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert _told(path)["beat"] == first + 1
 
 
-def test_a_file_from_before_there_were_records(path: Path) -> None:
-    with h5py.File(path, "r+") as handle:
-        del handle[claim.RECORD]
-    with SurfaceFile.open(path, write=True) as file:
-        file.commit()
-        with pytest.raises(InputError, match="by another process"):
-            claim.require_unclaimed(path)
-
-
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"[1]", b"{", b"7"])
 def test_a_record_of_nonsense_is_none(path: Path, text: bytes) -> None:
-    with h5py.File(path, "r+") as handle:
-        handle[claim.RECORD][()] = text
+    _write(path, text)
     SurfaceFile.open(path, write=True).close()
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import h5py
@@ -13,7 +16,7 @@ import xarray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distsurf.errors import DamagedFile, InputError
+from distsurf.errors import InputError
 from distsurf.grid import Grid
 from distsurf.surface import Column, Status, Surface, SurfaceFile
 
@@ -177,44 +180,51 @@ def test_save_and_load_are_inverse(file: SurfaceFile, tmp_path: Path) -> None:
 
 def test_what_is_no_surface_file(tmp_path: Path) -> None:
     (tmp_path / "text.h5").write_text("hello")
+    (tmp_path / "empty.h5").write_bytes(b"")
+    (tmp_path / "folder.h5").mkdir()
     with h5py.File(tmp_path / "other.h5", "w") as h5:
         h5["x"] = 1
     for name, words in (
         ("none.h5", "no surface file"),
-        ("text.h5", "not HDF5"),
+        ("folder.h5", "no surface file"),
+        ("text.h5", "not a surface file"),
+        ("empty.h5", "not a surface file"),
         ("other.h5", "not a surface file"),
     ):
         with pytest.raises(InputError, match=words):
             SurfaceFile.open(tmp_path / name)
 
 
-def test_truncated_and_tampered_files_are_damaged(tmp_path: Path) -> None:
-    path = tmp_path / "s.h5"
-    SurfaceFile.create(path, GRID, COLUMNS).close()
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DamagedFile):
-        SurfaceFile.open(path)
-    path.write_bytes(whole)
-    with h5py.File(path, "r+") as h5:
-        h5["x"][2] = 0.123
-    with pytest.raises(DamagedFile, match="coordinates x"):
-        SurfaceFile.open(path)
-    path.write_bytes(whole)
-    with h5py.File(path, "r+") as h5:
-        h5["status"][0, 0] = 9
-        h5["status"][0, 1] = 1
-    with SurfaceFile.open(path) as file:
-        problems = "; ".join(file.check())
-    assert "unknown status values 9" in problems
-    assert "1 points are marked evaluated but have no cost" in problems
+def test_the_header_is_text_that_begins_the_file(tmp_path: Path) -> None:
+    """The checksum is zlib's, and HDF5 finds its own part behind the header."""
+    SurfaceFile.create(tmp_path / "s.h5", GRID, COLUMNS, job='name = "größe"').close()
+    whole = (tmp_path / "s.h5").read_bytes()
+    line, body = whole.split(b"\n", 1)
+    name, length, checksum = line.split()
+    assert name == b"distsurf-surface-2"
+    assert zlib.crc32(body[: int(length)]) == int(checksum, 16)
+    assert json.loads(body[: int(length)])["job"] == 'name = "größe"'
+    assert h5py.is_hdf5(tmp_path / "s.h5")
+
+
+def test_checksums_are_those_of_zlib(tmp_path: Path) -> None:
+    with SurfaceFile.create(tmp_path / "s.h5", GRID, COLUMNS) as file:
+        _record(file, [7, 3])
+    with h5py.File(tmp_path / "s.h5") as h5:
+        stored = h5["state/checksum"][...].ravel()
+        assert h5["state/totals"][...].tolist() == [2, 2]
+    for point in (3, 7):
+        record = struct.pack("<q3dB", point, point * 1.5, -point, 0.25, 1)
+        assert stored[point] == zlib.crc32(record)
 
 
 def test_creation_replaces_only_when_whole(tmp_path: Path) -> None:
     path = tmp_path / "s.h5"
     SurfaceFile.create(path, GRID, COLUMNS, job="first").close()
+    with pytest.raises(InputError, match="just been made by another process"):
+        SurfaceFile.create(path, GRID, COLUMNS, job="second")
     with pytest.raises(InputError, match="bytes long"):
-        SurfaceFile.create(path, GRID, COLUMNS, job="x" * 70_000)
+        SurfaceFile.create(tmp_path / "t.h5", GRID, COLUMNS, job="x" * 70_000)
     assert SurfaceFile.open(path).job == "first"
     assert os.listdir(tmp_path) == ["s.h5"]
 
@@ -256,7 +266,7 @@ def test_kill_at_any_moment_leaves_whole_values(tmp_path: Path, delay: int) -> N
     process.send_signal(signal.SIGKILL)
     process.wait()
     with SurfaceFile.open(path, write=True) as file:
-        assert file.check() == []
+        assert file.problems() == []
         surface = file.read()
     evaluated = surface.status.ravel() == Status.EVALUATED
     assert evaluated.sum() >= done
