@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distsurf.errors import DamagedFile, DistsurfError, Incomplete, InputError
+from distsurf.errors import DamagedFile, DistsurfError, Incomplete, InputError, in_one_line
 from distsurf.options import Verb, parse
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if debug:
+            raise
+        print(f"distsurf: unexpected {in_one_line(error)} (--debug shows where)", file=sys.stderr)
+        return DistsurfError.exit_code
 
 
 def _is_first_rank() -> bool:
@@ -61,13 +66,24 @@ def _is_first_rank() -> bool:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from distsurf.distribute.ranks import connected
+    from distsurf.distribute.ranks import connected, end_now
+    from distsurf.distribute.signals import interrupted_by_signals
 
     if options.plain:
         options.set.append("run.fast=false")
     job = _job(options.job, options.set)
-    with connected() as ranks:
-        return _run_on(ranks, job, options)
+    with interrupted_by_signals(), connected() as ranks:
+        try:
+            code = _run_on(ranks, job, options)
+        except DistsurfError as error:
+            if not ranks.lost:
+                raise
+            print(f"distsurf: {error}", file=sys.stderr)
+            code = error.exit_code
+        if ranks.lost:
+            ranks.close()
+            end_now(code)
+        return code
 
 
 def _job(path: Path | None, overrides: Sequence[str]) -> Job:
@@ -99,7 +115,12 @@ def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace) -> int:
     if ranks.rank == 0:
         made = [out]
         if job.output.pictures and not options.no_pictures:
-            made += _draw(surface, out)
+            try:
+                made += _draw(surface, out)
+            except (OSError, InputError) as error:  # a full disk, say: the surface is what counts
+                print(
+                    f"distsurf: no pictures: {in_one_line(error)}; distsurf plot draws them", file=sys.stderr
+                )
         _conclude(surface, made)
         if code:
             print(f"distsurf: {message}", file=sys.stderr)

@@ -166,6 +166,10 @@ class RunSection(Section):
     """CPU threads per rank; 0 divides the cores among the ranks of a node."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Random state at every point, for models that draw random numbers in evaluation."""
+    silence: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds without a sign of life (one is given between batches) after which a rank is done without."""
+    disk_patience: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds for which a disk that takes no results is tried again, while the evaluation goes on."""
 
     @field_validator("fast", mode="before")
     @classmethod

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -24,12 +23,11 @@ from torch import nn
 from distsurf import assemble, provenance
 from distsurf.agree import agree_on_recipe
 from distsurf.assemble import Live, Say
-from distsurf.distribute.coordinator import FullPlan
 from distsurf.distribute.parcel import distribute
 from distsurf.distribute.placement import Placement, place
 from distsurf.distribute.ranks import Ranks, connected
 from distsurf.distribute.signals import StopRequest
-from distsurf.distribute.work import coordinate, work
+from distsurf.distribute.work import Patience, Pulse, follow
 from distsurf.errors import Incomplete, InputError
 from distsurf.job import LIVE, Job
 from distsurf.objective.data import Split
@@ -38,11 +36,12 @@ from distsurf.objective.losses import Objective
 from distsurf.objective.precision import PRECISIONS
 from distsurf.objective.recipe import DEFAULT_BATCH
 from distsurf.output import open_output, require_writable
-from distsurf.progress import Mode, Progress, duration
+from distsurf.progress import Mode
 from distsurf.provenance import describe_callable
+from distsurf.recording import evaluate_missing
 from distsurf.subspace import Layout, Subspace, Tensors, normalize, orthogonalize, random_direction
 from distsurf.subspace.weights import batch_norm_statistics
-from distsurf.surface import Status, Surface, SurfaceFile
+from distsurf.surface import Surface
 
 
 def _say_nothing(line: str) -> None:
@@ -188,6 +187,7 @@ def run(
         del prepared  # on rank 0 the originals: from here on the copy that all ranks share is used
         placement.apply()
         with StopRequest() as stop, contextlib.ExitStack() as stack:
+            pulse = Pulse(stop)
             with ranks.together():
                 evaluator = stack.enter_context(
                     ModelEvaluator(
@@ -201,7 +201,7 @@ def run(
                         precision=job.run.precision,
                         seed=job.run.seed,
                         statistics=shared.statistics,
-                        stop=stop,
+                        stop=pulse,
                     )
                 )
             if ranks.rank == 0 and not evaluator.is_repeatable:
@@ -211,7 +211,7 @@ def run(
                     stacklevel=2,
                 )
             recipe = agree_on_recipe(ranks, job, evaluator, out, fresh, say)
-            file = surface = None
+            file = None
             # A step of its own: the others must not ask for work before there is somewhere to record it.
             with ranks.together():
                 if ranks.rank == 0:
@@ -234,19 +234,29 @@ def run(
                     file = stack.enter_context(
                         open_output(out, fresh, evaluator.columns, about, grid, now, say)
                     )
-            with ranks.together():
-                if file is not None:
-                    surface = _coordinate(
-                        ranks, evaluator, file, placement, stop, shared.splits, progress, say
-                    )
-                else:
-                    work(ranks, evaluator, grid, stop)
-            surface = ranks.broadcast(surface)
-            reason = ranks.broadcast(stop.reason)
-    surface.is_writer = ranks.rank == 0
-    if not surface.complete:
-        raise Incomplete(_what_is_missing(surface, reason, out), surface)
-    return surface
+            patience = Patience(job.run.silence)
+            if file is not None:
+                outcome = evaluate_missing(
+                    ranks,
+                    evaluator,
+                    file,
+                    stop,
+                    pulse,
+                    sum(split.samples for split in shared.splits),
+                    patience=patience,
+                    disk_patience=job.run.disk_patience,
+                    progress=progress,
+                    say=say,
+                    prepare_thread=placement.apply,
+                )
+            else:
+                outcome = follow(ranks, evaluator, grid, pulse, patience)
+            if not ranks.lost:
+                outcome = ranks.broadcast(outcome)
+    outcome.surface.is_writer = ranks.rank == 0
+    if outcome.missing:
+        raise Incomplete(outcome.missing, outcome.surface)
+    return outcome.surface
 
 
 def _require_same(told: list[str], complaint: str) -> None:
@@ -312,63 +322,6 @@ def _moves(layout: Layout, directions: Sequence[np.ndarray], names: Collection[s
         for direction in directions
         for name, view in zip(layout.names, layout.views(direction), strict=True)
     )
-
-
-def _coordinate(
-    ranks: Ranks,
-    evaluator: ModelEvaluator,
-    file: SurfaceFile,
-    placement: Placement,
-    stop: StopRequest,
-    splits: list[Split],
-    progress: Mode,
-    say: Say,
-) -> Surface:
-    """Rank 0: evaluate what the file does not have yet."""
-    done = np.isin(file.status().ravel(), (Status.EVALUATED, Status.INTERPOLATED))
-    order = file.grid.coarse_to_fine()
-    missing = order[~done[order]]
-    samples = sum(split.samples for split in splits)
-    if done.any():
-        left = f"{len(missing):,} to go" if len(missing) else "complete, nothing to do"
-        say(f"{file.path} has {int(done.sum()):,} of {file.grid.size:,} points; {left}")
-    start = time.monotonic()
-    shown = Progress(file.grid.size, int(done.sum()), samples, mode=progress)
-    try:
-        coordinate(
-            ranks,
-            evaluator,
-            file.grid,
-            FullPlan(missing),
-            file,
-            stop=stop,
-            on_progress=shown,
-            prepare_thread=placement.apply,
-        )
-    finally:
-        shown.close()
-    surface = file.read()
-    evaluated = surface.count(Status.EVALUATED) - int(done.sum())
-    if evaluated:
-        seconds = time.monotonic() - start
-        say(
-            f"{evaluated:,} points × {samples:,} samples in {duration(seconds)}: {evaluated / seconds:,.3g} points/s, "
-            f"{evaluated * samples / seconds:,.0f} samples/s"
-        )
-    return surface
-
-
-def _what_is_missing(surface: Surface, reason: str, out: Path | None) -> str:
-    done, failed = surface.count(Status.EVALUATED), surface.count(Status.FAILED)
-    parts = [f"{done:,} of {surface.grid.size:,} points evaluated"]
-    if failed:
-        point, why = next(iter(surface.failures.items()), (-1, "unknown"))
-        where = ", ".join(f"{c:g}" for c in surface.grid.coordinates_of(point)) if point >= 0 else "?"
-        parts.append(f"{failed:,} failed; at ({where}): {why}")
-    if reason:
-        parts.append(f"stopped by {reason}")
-    kept = "the same call continues it" if out is not None else "the exception's .surface has them"
-    return f"{'; '.join(parts)}. {f'{out} is saved, ' if out else ''}{kept}"
 
 
 @contextlib.contextmanager

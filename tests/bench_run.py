@@ -228,12 +228,12 @@ def coordinator_alone(workers: int, shards: int = 100_000) -> float:
 
 SLEEPING = """
 import sys, time
-from distsurf.distribute.coordinator import FullPlan
 from distsurf.distribute.ranks import connect
 from distsurf.distribute.signals import StopRequest
-from distsurf.distribute.work import coordinate, work
+from distsurf.distribute.work import Pulse, follow
 from distsurf.evaluator import Column
 from distsurf.grid import Grid
+from distsurf.recording import evaluate_missing
 from distsurf.surface import SurfaceFile
 
 class Sleeping:
@@ -243,15 +243,16 @@ class Sleeping:
         return coordinates[:, :1] ** 2
 
 ranks, grid, stop = connect(), Grid.parse({"x": "-1:1:201", "y": "-1:1:201"}), StopRequest()
-with ranks.together():
-    if ranks.rank == 0:
-        file = SurfaceFile.create(sys.argv[2], grid, Sleeping.columns)
-        start = time.perf_counter()
-        coordinate(ranks, Sleeping(), grid, FullPlan(grid.coarse_to_fine()), file, stop=stop, shard_seconds=0)
-        print(grid.size / (time.perf_counter() - start))
-        assert file.read().complete
-    else:
-        work(ranks, Sleeping(), grid, stop)
+if ranks.rank == 0:
+    file = SurfaceFile.create(sys.argv[2], grid, Sleeping.columns)
+ranks.barrier()
+if ranks.rank == 0:
+    start = time.perf_counter()
+    outcome = evaluate_missing(ranks, Sleeping(), file, stop, Pulse(stop), 1, shard_seconds=0)
+    print(grid.size / (time.perf_counter() - start))
+    assert outcome.surface.complete
+else:
+    follow(ranks, Sleeping(), grid, Pulse(stop))
 ranks.close()
 """
 

@@ -1,12 +1,14 @@
 """Who evaluates what: the coordinator's logic, as a state machine without MPI.
 
-Requests, results, failures and the clock go in; shards come out. MPI, a single process and simulations drive the
-same object. Every wait belongs to the driver: `replies` says who can be answered now.
+Requests, results, failures, signs of life and the clock go in; shards come out. MPI, a single process and simulations
+drive the same object. Every wait belongs to the driver: `replies` says who can be answered now.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -15,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Points = NDArray[np.int64]
+SUSPECT = 2
+"""Deaths of its workers after which a point is a suspect."""
 
 
 class Plan(Protocol):
@@ -71,6 +75,8 @@ class Order(Enum):
     """An answer other than a shard."""
 
     STOP = "stop"
+    WAIT = "wait"
+    """A sign of life to a worker that could not be answered yet."""
 
 
 @dataclass
@@ -84,7 +90,11 @@ class Coordinator:
 
     A worker asks (`request`), is answered (`replies`), and reports (`result`, `failure`). Shards are sized so that
     one takes about ``shard_seconds`` at the worker's own measured speed, and smaller toward the end, so that workers
-    of any speed finish together. A failed point is tried by other workers, up to ``max_attempts`` times in all.
+    of any speed finish together.
+
+    A point may be begun ``max_attempts`` times. One that fails is tried by other workers. One that was begun twice by
+    workers that died is a *suspect*: suspects come last, and one at a time, so that if it kills again no other point is
+    blamed. ``attempts`` are those of earlier runs, by point.
     """
 
     def __init__(
@@ -95,28 +105,44 @@ class Coordinator:
         *,
         shard_seconds: float = 1.0,
         max_attempts: int = 3,
+        attempts: Mapping[int, int] | None = None,
+        silence: float = math.inf,
+        now: float = 0.0,
     ):
         self._plan = plan
         self._shard_seconds = shard_seconds
         self._max_attempts = max_attempts
+        self._silence = silence
         self._recorded = np.zeros(size, dtype=bool)
-        self._alive = set(range(workers))
+        self._heard = dict.fromkeys(range(workers), now)
+        """When each worker that is not lost was last heard of."""
         self._asking: dict[int, None] = {}  # in the order of asking
         self._held: dict[int, set[int]] = {}
         self._seconds_per_point: dict[int, float] = {}
         self._retries: deque[_Retry] = deque()
-        self._attempts: dict[int, set[int]] = {}
-        self._attempt_count: dict[int, int] = {}
+        self._suspects: deque[int] = deque()
+        self._suspect_held: int | None = None
+        self._attempts = dict(attempts or {})
+        """How often points were begun that have not come to an end; not those that are begun for the first time."""
+        self._tried: dict[int, set[int]] = {}
         self._stopping = False
         self.failed: dict[int, str] = {}
 
     # -- what workers say ---------------------------------------------------------------------------------
 
-    def request(self, worker: int) -> None:
-        """A worker has nothing to do. What it still held unreported goes back to be done."""
-        for point in sorted(self._held.pop(worker, ())):
-            self._retries.append(_Retry(point, set()))
+    def heard(self, worker: int, now: float) -> None:
+        """A worker gave a sign of life; also one that had been lost."""
+        self._heard[worker] = now
+
+    def request(self, worker: int) -> list[int]:
+        """A worker has nothing to do. Returns what it gives back unreported, in good order: it is done later."""
+        returned = sorted(self._held.pop(worker, ()))
+        for point in returned:
+            self._attempts[point] = self._attempts.get(point, 1) - 1
+            self._free_suspect(point)
+            self._retry(point)
         self._asking.setdefault(worker)
+        return returned
 
     def result(
         self, worker: int, points: Points, values: NDArray[np.float64], seconds: NDArray[np.float64]
@@ -140,20 +166,22 @@ class Coordinator:
         self._release(worker, np.array([point]))
         if self._recorded[point]:
             return False
-        tried = self._attempts.setdefault(point, set())
-        tried.add(worker)
-        self._attempt_count[point] = self._attempt_count.get(point, 0) + 1
-        if self._attempt_count[point] >= self._max_attempts:
-            self.failed[point] = reason
-            return True
-        self._retries.append(_Retry(point, tried))
-        return False
+        self._tried.setdefault(point, set()).add(worker)
+        return self._give_up_or_retry(point, reason)
 
-    def lose(self, worker: int) -> None:
-        """A worker is gone: what it held is done by others."""
-        self.request(worker)
-        del self._asking[worker]
-        self._alive.discard(worker)
+    def lose(self, worker: int, reason: str = "") -> list[int]:
+        """A worker is gone: what it held is done by others. Returns the points that are given up, now in ``failed``."""
+        held = sorted(self._held.pop(worker, ()))
+        self._asking.pop(worker, None)
+        self._heard.pop(worker, None)
+        for point in held:
+            self._free_suspect(point)
+        return [
+            point
+            for point in held
+            if not self._recorded[point]
+            and self._give_up_or_retry(point, f"its process died: {reason}", True)
+        ]
 
     def stop(self) -> None:
         """Hand out nothing more."""
@@ -168,44 +196,87 @@ class Coordinator:
             if self._stopping or self.finished:
                 answers.append((worker, Order.STOP))
             elif len(points := self._next_points(worker)):
-                self._held[worker] = set(points.tolist())
+                self._held[worker] = held = set(points.tolist())
+                for point in held if self._attempts else ():
+                    if point in self._attempts:
+                        self._attempts[point] += 1
                 answers.append((worker, Shard(points)))
             # else it goes on asking: points held by others may yet come back
         for worker, _ in answers:
             del self._asking[worker]
         return answers
 
+    def overdue(self, now: float) -> list[int]:
+        """Workers that hold points and have not been heard of for too long."""
+        return [worker for worker in self._held if now - self._heard.get(worker, now) > self._silence]
+
+    @property
+    def waiting(self) -> list[int]:
+        """Workers that asked and could not be answered."""
+        return list(self._asking)
+
     @property
     def finished(self) -> bool:
         """Whether no point is left to do, held or to be tried again."""
-        return not (self._plan.remaining or self._retries or self._held)
+        return not (self._plan.remaining or self._retries or self._suspects or self._held)
 
     # -- how ----------------------------------------------------------------------------------------------
+
+    def _give_up_or_retry(self, point: int, reason: str, is_death: bool = False) -> bool:
+        count = self._attempts.setdefault(point, 1)
+        if count >= self._max_attempts:
+            self.failed[point] = f"{reason} ({count} times)" if is_death else reason
+            return True
+        self._retry(point, is_suspect=is_death and count >= SUSPECT)
+        return False
+
+    def _retry(self, point: int, is_suspect: bool = False) -> None:
+        if is_suspect:
+            self._suspects.append(point)
+        else:
+            self._retries.append(_Retry(point, self._tried.get(point, set())))
 
     def _next_points(self, worker: int) -> Points:
         for _ in range(len(self._retries)):
             retry = self._retries.popleft()
-            others = self._alive - retry.tried_by
-            if worker in retry.tried_by and others:
+            if worker in retry.tried_by and self._heard.keys() - retry.tried_by:
                 self._retries.append(retry)  # somebody else shall try it
                 continue
             return np.array([retry.point])
-        return self._plan.take(self._shard_size(worker))
+        while len(points := self._plan.take(self._shard_size(worker))):
+            suspected = [point for point in points.tolist() if self._attempts.get(point, 0) >= SUSPECT]
+            if not suspected:
+                return points
+            self._suspects.extend(suspected)
+            points = points[~np.isin(points, suspected)]
+            if len(points):
+                return points
+        if self._suspects and self._suspect_held is None:
+            self._suspect_held = self._suspects.popleft()
+            return np.array([self._suspect_held])
+        return points
 
     def _shard_size(self, worker: int) -> int:
         seconds = self._seconds_per_point.get(worker)
         if seconds is None:
             return 1  # measures the worker, and gives a first picture at once
         by_time = self._shard_seconds / max(seconds, 1e-9)
-        by_share = self._plan.remaining / (2 * len(self._alive))
+        by_share = self._plan.remaining / (2 * len(self._heard))
         return max(1, int(min(by_time, by_share)))
 
     def _release(self, worker: int, points: Points) -> None:
+        if self._suspect_held is not None:
+            for point in points.tolist():
+                self._free_suspect(point)
         held = self._held.get(worker)
         if held is not None:
             held.difference_update(points.tolist())
             if not held:
                 del self._held[worker]
+
+    def _free_suspect(self, point: int) -> None:
+        if self._suspect_held == point:
+            self._suspect_held = None
 
     def _learn_speed(self, worker: int, seconds: float) -> None:
         known = self._seconds_per_point.get(worker, seconds)

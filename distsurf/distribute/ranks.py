@@ -7,20 +7,21 @@ mpi4py is imported only where a launcher started several processes.
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distsurf.errors import DistsurfError, InputError
+from distsurf.errors import DistsurfError, Incomplete, InputError
 
 OPENMPI_RUN, MPICH_RUN, SRUN = "Open MPI's mpirun", "MPICH's mpirun", "srun"
 TEXT_BYTES = 1024
@@ -28,6 +29,12 @@ CHUNK = 1 << 30  # MPI counts are 32-bit ints
 ALIGNMENT = 64
 EXIT_ABORTED = 3
 """What was committed before is in the file: the same command continues."""
+TOGETHER_SECONDS = 6 * 3600.0
+"""How long ranks wait for each other before the evaluation and after it: training or reading data may take its time."""
+CLOSING_SECONDS = 300.0
+"""How long ranks wait for each other to leave: everything is recorded by then."""
+PARTING_SECONDS = 10.0
+"""How long the last messages may take where ranks were lost."""
 SHARED_FROM = 16 << 20
 """Bytes from which a buffer lies once per node in an MPI shared-memory window rather than in every rank."""
 
@@ -49,12 +56,6 @@ class Pause:
         self._seconds = min(self._seconds * 1.7, self.longest)
 
 
-def _wait(request: Any) -> None:
-    pause = Pause()
-    while not request.Test():
-        pause()
-
-
 class Ranks:
     """The ranks that work on one job. This class is a single process; `MPIRanks` are many."""
 
@@ -62,8 +63,17 @@ class Ranks:
     size = 1
     node_rank = 0
     node_size = 1
+    lost: frozenset[int] = frozenset()
+    """Ranks that are gone: nobody may wait for all ranks any more."""
     is_shared = False
     """Whether the last buffer lies in a window shared by the ranks of a node."""
+
+    def __init__(self) -> None:
+        self.hosts = [socket.gethostname()]
+
+    def dead(self) -> set[int]:
+        """Ranks of which MPI knows that they have died (Open MPI's ULFM; others do not tell)."""
+        return set()
 
     def gather(self, text: str) -> list[str]:
         """Every rank's text, cut to 1 KiB, by rank; on every rank."""
@@ -107,12 +117,12 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        told = "" if failure is None else f"{getattr(failure, 'exit_code', 1)} {_in_words(failure)}"
+        told = "" if failure is None else f"{getattr(failure, 'exit_code', 1)} {in_words(failure)}"
         answers = self.gather(told)
         if isinstance(failure, DistsurfError):
             raise failure
         if failure is not None:
-            raise DistsurfError(_in_words(failure)) from failure
+            raise DistsurfError(in_words(failure)) from failure
         for rank, answer in enumerate(answers):
             if answer:
                 code, text = answer.split(" ", 1)
@@ -122,7 +132,8 @@ class Ranks:
                 raise told_elsewhere
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """An error as the user of another rank is told of it."""
     if isinstance(error, DistsurfError):
         return str(error)
     return f"unexpected {type(error).__name__} on {socket.gethostname()}: {error} (--debug shows where)"
@@ -141,24 +152,41 @@ class MPIRanks(Ranks):
         from mpi4py import MPI
 
         self._mpi = MPI
+        self.rank: int = world.rank
+        self.size: int = world.size
         # Making communicators blocks, and a script may bring its ranks here hours apart: they meet asleep first.
-        _wait(world.Ibarrier())
+        self._wait(world.Ibarrier())
         self._comm = world.Dup()
-        self.rank: int = self._comm.rank
-        self.size: int = self._comm.size
         self._node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.node_rank: int = self._node.rank
         self.node_size: int = self._node.size
         self._leaders = self._comm.Split(0 if self.node_rank == 0 else MPI.UNDEFINED)
         self._windows: list[Any] = []
         self._sent: list[Any] = []
+        self._dead: set[int] = set()
+        # Ranks that die are an answer here, not the end of the job; where MPI ends it all the same, nothing is lost.
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.hosts = self.gather(socket.gethostname())
+
+    def _wait(self, request: Any) -> None:
+        """Sleep until a collective is through. Raises Incomplete after `TOGETHER_SECONDS`."""
+        pause = Pause()
+        end = time.monotonic() + TOGETHER_SECONDS
+        while not request.Test():
+            if time.monotonic() > end:
+                self.lost = frozenset(range(self.size)) - {self.rank}
+                raise Incomplete(
+                    f"rank {self.rank} on {socket.gethostname()}: the other ranks have not come to a common step for "
+                    f"{TOGETHER_SECONDS / 3600:g} h; what was recorded is in the file, and the same command continues"
+                )
+            pause()
 
     def gather(self, text: str) -> list[str]:
         mine = np.zeros(TEXT_BYTES, np.uint8)
         encoded = text.encode()[:TEXT_BYTES]
         mine[: len(encoded)] = np.frombuffer(encoded, np.uint8)
         everybody = np.empty((self.size, TEXT_BYTES), np.uint8)
-        _wait(self._comm.Iallgather(mine, everybody))
+        self._wait(self._comm.Iallgather(mine, everybody))
         return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in everybody]
 
     def broadcast(self, value: Any) -> Any:
@@ -167,14 +195,14 @@ class MPIRanks(Ranks):
         if self.rank == 0:
             data = pickle.dumps(value)
             length[0] = len(data)
-        _wait(self._comm.Ibcast(length))
+        self._wait(self._comm.Ibcast(length))
         buffer = np.frombuffer(data, np.uint8).copy() if self.rank == 0 else np.empty(length[0], np.uint8)
         self._broadcast_buffer(self._comm, buffer)
         return value if self.rank == 0 else pickle.loads(buffer.tobytes())
 
     def _broadcast_buffer(self, comm: Any, buffer: NDArray[np.uint8]) -> None:
         for start in range(0, len(buffer), CHUNK):
-            _wait(comm.Ibcast(buffer[start : start + CHUNK]))
+            self._wait(comm.Ibcast(buffer[start : start + CHUNK]))
 
     def share(self, size: int, fill: Callable[[NDArray[np.uint8]], None]) -> NDArray[np.uint8]:
         size = self.broadcast(size)
@@ -205,26 +233,58 @@ class MPIRanks(Ranks):
         return buffer
 
     def barrier(self) -> None:
-        _wait(self._comm.Ibarrier())
+        self._wait(self._comm.Ibarrier())
 
     def send(self, rank: int, message: Any) -> None:
-        self._sent = [request for request in self._sent if not request.Test()]
-        self._sent.append(self._comm.isend(message, rank))
+        self._sent = [request for request in self._sent if not self._is_done(request)]
+        try:
+            self._sent.append(self._comm.isend(message, rank))
+        except self._mpi.Exception as error:
+            self._take_note(error)
+
+    def _is_done(self, request: Any) -> bool:
+        try:
+            return bool(request.Test())
+        except self._mpi.Exception as error:
+            self._take_note(error)
+            return True
 
     def receive(self, source: int | None = None) -> list[tuple[int, Any]]:
-        arrived = []
+        arrived: list[tuple[int, Any]] = []
         status = self._mpi.Status()
         origin = self._mpi.ANY_SOURCE if source is None else source
-        while (message := self._comm.improbe(source=origin, status=status)) is not None:
-            arrived.append((status.source, message.recv()))
+        try:
+            while (message := self._comm.improbe(source=origin, status=status)) is not None:
+                arrived.append((status.source, message.recv()))
+        except self._mpi.Exception as error:
+            self._take_note(error)
         return arrived
 
+    def dead(self) -> set[int]:
+        return self._dead
+
+    def _take_note(self, error: Any) -> None:
+        """Learn who has died, from MPI's user-level failure mitigation. Raises any other error."""
+        if error.Get_error_class() not in (self._mpi.ERR_PROC_FAILED, self._mpi.ERR_PROC_FAILED_PENDING):
+            raise error
+        self._comm.Ack_failed(self.size)  # from now on messages of any source come through again
+        group, mine = self._comm.Get_failed(), self._comm.Get_group()
+        failed = group.Translate_ranks(list(range(group.size)), mine)
+        self._dead |= {rank for rank in failed if rank >= 0}
+
     def close(self) -> None:
+        if self.lost:
+            self._part()
+            return
         barrier = self._comm.Ibarrier()
         pause = Pause()
         # Whoever is early sleeps here, rather than spinning in a blocking free or finalize; messages that nobody
         # waits for any more (after an error) are taken in, so that their senders can leave.
-        while not (barrier.Test() and all(request.Test() for request in self._sent)):
+        end = time.monotonic() + CLOSING_SECONDS
+        while not (barrier.Test() and all(self._is_done(request) for request in self._sent)):
+            if time.monotonic() > end:  # somebody died on the way out
+                self._part()
+                return
             self.receive()
             pause()
         for window in self._windows:
@@ -233,8 +293,28 @@ class MPIRanks(Ranks):
             if comm != self._mpi.COMM_NULL:
                 comm.Free()
 
+    def _part(self) -> None:
+        """Leave without the others: MPI's own end waits for ranks that are lost, so it is left out."""
+        end = time.monotonic() + PARTING_SECONDS
+        pause = Pause()
+        while time.monotonic() < end and not all(self._is_done(request) for request in self._sent):
+            pause()
+        atexit.register(_end_without_mpi)
+
     def abort(self, code: int) -> None:
         self._comm.Abort(code)
+
+
+def end_now(code: int) -> None:
+    """End the process with what it has printed, but without MPI's own end."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _end_without_mpi() -> None:
+    end_now(1 if getattr(sys, "last_value", None) is not None else 0)
 
 
 def _shared_memory_has(size: int) -> bool:

@@ -137,7 +137,7 @@ class SurfaceFile:
             self.close()
             return
         # What went wrong may well be the writing itself: a second complaint would hide the first.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             self.close()
 
     def close(self) -> None:

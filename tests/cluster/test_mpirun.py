@@ -231,7 +231,7 @@ def test_unfit_output_ends_all_ranks(job: Processes) -> None:
     assert "should be" in damaged.err
 
 
-FULL = """
+BROKEN_FILE = """
 from distsurf.surface import SurfaceFile
 from distsurf.cli import main
 import sys
@@ -239,7 +239,7 @@ import sys
 def commit(self, count=[0]):
     count[0] += 1
     if count[0] > 2:
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("a bug in the file")
 
 SurfaceFile.commit = commit
 sys.exit(main(sys.argv[1:]))
@@ -247,11 +247,12 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_error_of_the_recorder_ends_all_ranks(job: Processes) -> None:
-    (job.folder / "full.py").write_text(FULL)
+    (job.folder / "broken.py").write_text(BROKEN_FILE)
     slow = ("job.toml", "--no-pictures", "--set", "objective.function=net.py:slow")
-    ended = job.python("full.py", "run", *slow, ranks=3, timeout=60)
+    ended = job.python("broken.py", "run", *slow, ranks=3, timeout=60)
     assert ended.code == 1
-    assert "No space left on device" in ended.err
+    assert "RuntimeError on" in ended.err
+    assert "a bug in the file" in ended.err
 
 
 def test_bad_input_is_said_once(job: Processes) -> None:

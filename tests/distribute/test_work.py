@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from distsurf.distribute.coordinator import FullPlan, Shard
 from distsurf.distribute.ranks import Ranks
 from distsurf.distribute.signals import StopRequest
-from distsurf.distribute.work import coordinate, evaluate_shard
+from distsurf.distribute.work import Pulse, evaluate_shard, lead
+from distsurf.errors import DistsurfError
 from distsurf.evaluator import Column, Stopped
 from distsurf.grid import Grid
 from distsurf.surface import Status, SurfaceFile
@@ -39,9 +41,25 @@ def _run(
     evaluator: Quadratic, stop: StopRequest | None = None, **options: object
 ) -> tuple[SurfaceFile, dict[int, str]]:
     file = SurfaceFile.memory(GRID, evaluator.columns)
-    stop = stop or StopRequest()
-    failed = coordinate(Ranks(), evaluator, GRID, FullPlan(GRID.coarse_to_fine()), file, stop=stop, **options)  # type: ignore[arg-type]
-    return file, failed
+    return file, _lead(file, evaluator, stop, **options)
+
+
+def _lead(
+    file: SurfaceFile, evaluator: Quadratic, stop: StopRequest | None = None, **options: Any
+) -> dict[int, str]:
+    """Evaluate every point of the grid, and return what failed."""
+    return dict(
+        lead(
+            Ranks(),
+            evaluator,
+            GRID,
+            FullPlan(GRID.coarse_to_fine()),
+            file,
+            lambda keep_waiting: file.read().failures,
+            stop=Pulse(stop or StopRequest()),
+            **options,
+        )
+    )
 
 
 def test_every_point_has_its_value() -> None:
@@ -125,7 +143,7 @@ def test_error_in_the_evaluating_thread_is_raised_here() -> None:
     def broken() -> None:
         raise RuntimeError("no such device")
 
-    with pytest.raises(RuntimeError, match="no such device"):
+    with pytest.raises(DistsurfError, match="RuntimeError on .*: no such device"):
         _run(Quadratic(), prepare_thread=broken)
 
 
@@ -136,8 +154,8 @@ def test_error_of_the_recorder_is_raised_and_nobody_waits() -> None:
 
     file = SurfaceFile.memory(GRID, Quadratic.columns)
     file.__class__ = Full
-    with pytest.raises(OSError, match="No space left"):
-        coordinate(Ranks(), Quadratic(), GRID, FullPlan(GRID.coarse_to_fine()), file, stop=StopRequest())
+    with pytest.raises(DistsurfError, match="OSError on .*No space left"):
+        _lead(file, Quadratic())
     file.__class__ = SurfaceFile
 
 
@@ -153,19 +171,10 @@ def test_results_are_committed_while_the_work_goes_on() -> None:
 
     def on_progress(done: int, failed: int) -> None:
         if done and not seen:
-            seen.append(file.read().count(Status.EVALUATED))
+            seen.append(int((file.status() == Status.EVALUATED).sum()))
             release.set()
 
-    coordinate(
-        Ranks(),
-        Quadratic(before),
-        GRID,
-        FullPlan(GRID.coarse_to_fine()),
-        file,
-        stop=StopRequest(),
-        on_progress=on_progress,
-        commit_seconds=0,
-    )
+    _lead(file, Quadratic(before), on_progress=on_progress, commit_seconds=0)
     assert seen
     assert 1 <= seen[0] < GRID.size
 
