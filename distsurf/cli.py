@@ -72,6 +72,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.plain:
         options.set.append("run.fast=false")
     job = _job(options.job, options.set)
+    if options.restarts and not options.ranks:
+        raise InputError("--restarts starts mpirun again: it needs --ranks")
+    if options.ranks:
+        return _launch(job, options)
     with interrupted_by_signals(), connected() as ranks:
         try:
             code = _run_on(ranks, job, options)
@@ -84,6 +88,32 @@ def _run(options: argparse.Namespace) -> int:
             ranks.close()
             end_now(code)
         return code
+
+
+def _launch(job: Job, options: argparse.Namespace) -> int:
+    """``--ranks``: start mpirun, which runs the same command on every rank."""
+    from distsurf.distribute.ranks import launched
+    from distsurf.launch import Launcher, run_again
+
+    if launched() is not None:
+        raise InputError("--ranks starts mpirun itself, and this is a rank already: leave one of the two out")
+    arguments = [] if options.job is None else [str(options.job)]
+    arguments += [] if options.out is None else ["--out", options.out]
+    arguments += [part for override in options.set for part in ("--set", override)]
+    arguments += ["--progress", options.progress] + ["--no-pictures"] * options.no_pictures
+    launcher = Launcher(options.ranks)
+
+    def start(number: int) -> int:
+        return launcher([*arguments, *(["--fresh"] if options.fresh and number == 0 else [])])
+
+    return run_again(
+        start,
+        Path(options.out) if options.out else job.path,
+        options.restarts,
+        is_fresh=options.fresh,
+        stopped=lambda: launcher.stopped,
+        say=lambda line: print(f"distsurf: {line}", file=sys.stderr, flush=True),
+    )
 
 
 def _job(path: Path | None, overrides: Sequence[str]) -> Job:

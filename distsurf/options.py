@@ -81,6 +81,14 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         action="store_true",
         help="evaluate the model as it is, without looking for faster ways to the same values",
     )
+    run.add_argument("--ranks", type=_count, default=0, metavar="N", help="start mpirun with N ranks")
+    run.add_argument(
+        "--restarts",
+        type=_count,
+        default=0,
+        metavar="K",
+        help="with --ranks: when the ranks end early, start them again, up to K times, while the surface advances",
+    )
     run.add_argument("--progress", choices=("auto", "bar", "lines", "none"), default="auto")
     run.add_argument("--no-pictures", action="store_true", help="leave the pictures out")
 
@@ -159,6 +167,13 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     if not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"no verb {arguments[0]!r}; {nearest(arguments[0], verbs)}")
     return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or more")
+    return number
 
 
 def _add_set(verb: argparse.ArgumentParser) -> None:

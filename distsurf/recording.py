@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,15 +100,22 @@ class PatientRecorder:
         count = self._file.unwritten
         if not count:
             return ""
-        assert self._file.path is not None
-        folders = [self._file.path.parent, Path.cwd(), Path(tempfile.gettempdir())]
-        saved = self._file.rescue(self._file.read(), folders)
+        saved = self._file.rescue(self._file.read(), _other_folders(self._file.path or Path()))
         where = (
             f"with all others they are in {saved}, which can take the file's place"
             if saved
             else "they are lost, since no other folder took them either"
         )
         return f"{count:,} results could not be written to {self._file.path} ({self.trouble}): {where}"
+
+
+def _other_folders(path: Path) -> Iterator[Path]:
+    """Where results may be saved that a file does not take."""
+    yield path.parent
+    with contextlib.suppress(OSError):
+        yield Path.cwd()
+    with contextlib.suppress(OSError):
+        yield Path(tempfile.gettempdir())
 
 
 def evaluate_missing(
@@ -125,6 +132,7 @@ def evaluate_missing(
     say: Callable[[str], None] = lambda line: None,
     prepare_thread: Callable[[], None] = lambda: None,
     shard_seconds: float = 1.0,
+    commit_seconds: float = 1.0,
 ) -> Outcome:
     """Have all ranks evaluate what the file does not have yet. ``samples`` per point are what the speed is told in.
 
@@ -181,6 +189,7 @@ def evaluate_missing(
             say=say,
             prepare_thread=prepare_thread,
             shard_seconds=shard_seconds,
+            commit_seconds=commit_seconds,
         )
     return outcome
 

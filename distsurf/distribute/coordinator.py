@@ -211,6 +211,11 @@ class Coordinator:
         return [worker for worker in self._held if now - self._heard.get(worker, now) > self._silence]
 
     @property
+    def has_suspect_out(self) -> bool:
+        """Whether a point is being evaluated that may kill its worker."""
+        return self._suspect_held is not None
+
+    @property
     def waiting(self) -> list[int]:
         """Workers that asked and could not be answered."""
         return list(self._asking)

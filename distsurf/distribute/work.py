@@ -195,7 +195,8 @@ def follow(
 ) -> Any:
     """Rank > 0: ask, evaluate, report, until told to stop.
 
-    Returns what rank 0 concluded if ranks were lost, else None. Raises rank 0's errors, and Incomplete where rank 0 is silent for too long.
+    Returns what rank 0 concluded if ranks were lost, else None. Raises rank 0's errors, and Incomplete where rank 0 is
+    silent for too long.
     """
     patience = patience or Patience()
     columns = len(evaluator.columns)
@@ -448,6 +449,8 @@ class _Crew:
         """Answer everybody who can be, and give the others a sign of life when it is time."""
         for worker, reply in self._coordinator.replies():
             if isinstance(reply, Shard):
+                if self._coordinator.has_suspect_out:
+                    self._recorder.commit()  # should it kill this process: what came before it is not to be blamed
                 self._recorder.begin(reply.points)
             elif reply is Order.STOP:
                 self._leaving.add(worker)

@@ -18,7 +18,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -268,7 +268,7 @@ class SurfaceFile:
                 old_claim.release()
             old_storage.close()
 
-    def rescue(self, surface: Surface, folders: Sequence[Path]) -> Path | None:
+    def rescue(self, surface: Surface, folders: Iterable[Path]) -> Path | None:
         """Save what the disk did not take, with all the rest, to the first of some folders that takes it.
 
         However that ends, the results wait no longer for their own place. Returns the new file's name, if any.

@@ -143,7 +143,7 @@ def test_error_in_the_evaluating_thread_is_raised_here() -> None:
     def broken() -> None:
         raise RuntimeError("no such device")
 
-    with pytest.raises(DistsurfError, match="RuntimeError on .*: no such device"):
+    with pytest.raises(DistsurfError, match=r"RuntimeError on .*: no such device"):
         _run(Quadratic(), prepare_thread=broken)
 
 
@@ -154,7 +154,7 @@ def test_error_of_the_recorder_is_raised_and_nobody_waits() -> None:
 
     file = SurfaceFile.memory(GRID, Quadratic.columns)
     file.__class__ = Full
-    with pytest.raises(DistsurfError, match="OSError on .*No space left"):
+    with pytest.raises(DistsurfError, match=r"OSError on .*No space left"):
         _lead(file, Quadratic())
     file.__class__ = SurfaceFile
 

@@ -1,0 +1,121 @@
+"""Starting mpirun, and starting it again as long as the surface comes on: ``distsurf run --ranks N --restarts K``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+
+from distsurf.distribute.signals import ASKING
+from distsurf.errors import Incomplete, InputError
+from distsurf.surface import Status, SurfaceFile
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a surface file is."""
+
+    pending: int
+    failed: int
+    progress: int
+    """Grows with every point that is settled and with every attempt at one."""
+
+
+def state(path: Path) -> State:
+    """How far a file is; one that is not there has not begun. Raises DamagedFile."""
+    if not path.exists():
+        return State(pending=-1, failed=0, progress=-1)
+    with SurfaceFile.open(path) as file:
+        status = file.status()
+        pending = int(np.count_nonzero(status == Status.PENDING))
+        # Attempts count too: a point that kills its process is given up after the third, which is an advance.
+        attempts = int(file.attempts().sum(dtype=np.int64))
+    return State(
+        pending, int(np.count_nonzero(status == Status.FAILED)), (status.size - pending) * 1000 + attempts
+    )
+
+
+def run_again(
+    start: Callable[[int], int],
+    path: Path,
+    restarts: int,
+    *,
+    is_fresh: bool,
+    stopped: Callable[[], str],
+    say: Callable[[str], None],
+) -> int:
+    """Start a job until its surface has no pending point, ``1 + restarts`` times at most; returns the exit code.
+
+    ``start`` runs it, given how often it ran before, and returns how that ended. What counts is the file: launchers
+    were seen to end with 0 when a node had died. A start by which the file does not advance is the last one, and so is
+    one that was ``stopped`` by a signal. Raises Incomplete, and DamagedFile.
+    """
+    before = State(-1, 0, -1) if is_fresh else state(path)
+    for number in range(restarts + 1):
+        code = start(number)
+        now = state(path)
+        left = f"{now.pending:,} points are left" if now.pending >= 0 else f"there is no {path} yet"
+        if now.pending == 0:
+            return Incomplete.exit_code if now.failed else 0
+        if code == InputError.exit_code:
+            return code
+        if reason := stopped():
+            raise Incomplete(f"stopped by {reason}; {left}: the same command continues")
+        if now.progress <= before.progress:
+            raise Incomplete(
+                f"start {number + 1} ended with {code} and brought the surface no further; {left}"
+            )
+        if number < restarts:
+            say(f"start {number + 1} ended with {code}; {left}: start {number + 2} of at most {restarts + 1}")
+        before = now
+    raise Incomplete(f"{left} after {restarts + 1} starts: the same command continues")
+
+
+class Launcher:
+    """Runs this program's ``run`` under mpirun. Signals that ask to stop are passed on; a second one ends all."""
+
+    def __init__(self, ranks: int):
+        self._command = [str(_mpirun()), "-n", str(ranks), sys.executable, "-m", "distsurf.run"]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.stopped = ""
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        """The exit status of a start."""
+        before = {number: signal.signal(number, self._on_signal) for number in ASKING}
+        try:
+            # In a session of its own, so that Ctrl-C reaches mpirun through us, once.
+            self._process = subprocess.Popen([*self._command, *arguments], start_new_session=True)
+            return self._process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        is_second, self.stopped = bool(self.stopped), signal.Signals(number).name
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if is_second:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.send_signal(signal.SIGINT)  # which every mpirun passes on to its ranks
+
+
+def _mpirun() -> str:
+    """The mpirun beside this Python, or the first on the path. Raises InputError if there is none."""
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise InputError(
+            "--ranks needs mpirun, and there is none: pip install 'distsurf[mpich]', or load your site's MPI module"
+        )
+    return found
