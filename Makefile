@@ -1,5 +1,6 @@
 # make run    set up .venv and run the main job on 8 ranks
 # make test   set up .venv, then lint, types and the whole test suite
+# make chaos  1,000 jobs struck at random moments until each is complete (about an hour on 2 cores)
 # Other targets: lint, format, bench, clean. PYTHON=python3.12 make … chooses the interpreter.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RANKS ?= 8
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench clean
+.PHONY: help run test lint format bench chaos clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -44,6 +45,9 @@ test: lint
 
 bench: $(VENV)/test-ready
 	$(BIN)/python tests/bench_run.py
+
+chaos: $(VENV)/test-ready
+	$(BIN)/python -m tests.faults.chaos
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

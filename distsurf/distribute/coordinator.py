@@ -17,6 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Points = NDArray[np.int64]
+LEAST_SECONDS = 1e-9
+"""A point takes some time, whatever a coarse clock says."""
+SLACK = 1.5
+"""How far the others are trusted to be through with what is left."""
 SUSPECT = 2
 """Deaths of its workers after which a point is a suspect."""
 
@@ -92,9 +96,9 @@ class Coordinator:
     one takes about ``shard_seconds`` at the worker's own measured speed, and smaller toward the end, so that workers
     of any speed finish together.
 
-    A point may be begun ``max_attempts`` times. One that fails is tried by other workers. One that was begun twice by
-    workers that died is a *suspect*: suspects come last, and one at a time, so that if it kills again no other point is
-    blamed. ``attempts`` are those of earlier runs, by point.
+    A point may be begun ``max_attempts`` times. One that fails is tried by other workers. One whose worker died is a
+    shard of its own the next time. One whose workers died twice is a *suspect*: suspects come last, and one at a time,
+    so that if it kills again no other point is blamed. ``attempts`` are those of earlier runs, by point.
     """
 
     def __init__(
@@ -117,6 +121,10 @@ class Coordinator:
         self._heard = dict.fromkeys(range(workers), now)
         """When each worker that is not lost was last heard of."""
         self._asking: dict[int, None] = {}  # in the order of asking
+        self._resting: dict[int, None] = {}
+        """Workers that ask, and are so slow that the others will be through before them."""
+        self._rate, self._fastest = 0.0, -1
+        """Points per second of all whose speed is known."""
         self._held: dict[int, set[int]] = {}
         self._seconds_per_point: dict[int, float] = {}
         self._retries: deque[_Retry] = deque()
@@ -173,7 +181,13 @@ class Coordinator:
         """A worker is gone: what it held is done by others. Returns the points that are given up, now in ``failed``."""
         held = sorted(self._held.pop(worker, ()))
         self._asking.pop(worker, None)
+        self._resting.pop(worker, None)
         self._heard.pop(worker, None)
+        if worker in self._seconds_per_point:
+            self._rate -= 1 / self._seconds_per_point.pop(worker)
+            speeds = self._seconds_per_point
+            self._fastest = min(speeds, key=lambda one: speeds[one], default=-1)
+        self._wake()
         for point in held:
             self._free_suspect(point)
         return [
@@ -191,24 +205,32 @@ class Coordinator:
 
     def replies(self) -> list[tuple[int, Shard | Order]]:
         """Answers for the workers that ask and can be answered now, in the order of asking."""
+        if self._stopping or self.finished:
+            leaving = [*self._asking, *self._resting]
+            self._asking, self._resting = {}, {}
+            return [(worker, Order.STOP) for worker in leaving]
         answers: list[tuple[int, Shard | Order]] = []
-        for worker in self._asking:
-            if self._stopping or self.finished:
-                answers.append((worker, Order.STOP))
+        if not (self._plan.remaining or self._retries or self._suspects):
+            return answers  # points held by others may yet come back
+        for worker in list(self._asking):
+            if self._comes_too_late(worker):
+                self._resting[worker] = self._asking.pop(worker)
             elif len(points := self._next_points(worker)):
                 self._held[worker] = held = set(points.tolist())
                 for point in held if self._attempts else ():
                     if point in self._attempts:
                         self._attempts[point] += 1
                 answers.append((worker, Shard(points)))
-            # else it goes on asking: points held by others may yet come back
-        for worker, _ in answers:
-            del self._asking[worker]
+                del self._asking[worker]
         return answers
 
     def overdue(self, now: float) -> list[int]:
         """Workers that hold points and have not been heard of for too long."""
         return [worker for worker in self._held if now - self._heard.get(worker, now) > self._silence]
+
+    def begun_before(self, points: Points) -> list[int]:
+        """Which points were begun more than once: the attempt that ended now is not to be held against them."""
+        return [point for point in points.tolist() if point in self._attempts] if self._attempts else []
 
     @property
     def has_suspect_out(self) -> bool:
@@ -218,7 +240,7 @@ class Coordinator:
     @property
     def waiting(self) -> list[int]:
         """Workers that asked and could not be answered."""
-        return list(self._asking)
+        return [*self._asking, *self._resting]
 
     @property
     def finished(self) -> bool:
@@ -235,7 +257,25 @@ class Coordinator:
         self._retry(point, is_suspect=is_death and count >= SUSPECT)
         return False
 
+    def _comes_too_late(self, worker: int) -> bool:
+        """Whether a worker is better left out at the end: one more point of its would keep everybody waiting.
+
+        Only while the fastest one is at work, who asks again, or is lost, which calls those back that were left out.
+        """
+        seconds = self._seconds_per_point.get(worker)
+        if seconds is None or self._retries or self._suspects or self._fastest not in self._held:
+            return False
+        others = self._rate - 1 / seconds
+        until_then = SLACK * self._plan.remaining / others + self._seconds_per_point[self._fastest]
+        return seconds > until_then
+
+    def _wake(self) -> None:
+        """Something changed: who was left out may be needed."""
+        self._asking.update(self._resting)
+        self._resting = {}
+
     def _retry(self, point: int, is_suspect: bool = False) -> None:
+        self._wake()
         if is_suspect:
             self._suspects.append(point)
         else:
@@ -249,24 +289,35 @@ class Coordinator:
                 continue
             return np.array([retry.point])
         while len(points := self._plan.take(self._shard_size(worker))):
-            suspected = [point for point in points.tolist() if self._attempts.get(point, 0) >= SUSPECT]
-            if not suspected:
+            if not self._attempts:
                 return points
-            self._suspects.extend(suspected)
-            points = points[~np.isin(points, suspected)]
+            points = self._without_begun_ones(points)
             if len(points):
                 return points
+            if self._retries:
+                return np.array([self._retries.pop().point])
         if self._suspects and self._suspect_held is None:
             self._suspect_held = self._suspects.popleft()
             return np.array([self._suspect_held])
         return points
 
+    def _without_begun_ones(self, points: Points) -> Points:
+        """Set aside points whose process died before: each becomes a shard of its own, to tell them apart."""
+        fresh = []
+        for point in points.tolist():
+            if self._attempts.get(point, 0) == 0:
+                fresh.append(point)
+            else:
+                self._retry(point, is_suspect=self._attempts[point] >= SUSPECT)
+        return np.array(fresh, np.int64)
+
     def _shard_size(self, worker: int) -> int:
         seconds = self._seconds_per_point.get(worker)
         if seconds is None:
             return 1  # measures the worker, and gives a first picture at once
-        by_time = self._shard_seconds / max(seconds, 1e-9)
-        by_share = self._plan.remaining / (2 * len(self._heard))
+        by_time = self._shard_seconds / seconds
+        # Half of what all can do until the end, in equal times: a slow worker gets fewer points.
+        by_share = self._plan.remaining / (2 * max(self._rate * seconds, 1.0))
         return max(1, int(min(by_time, by_share)))
 
     def _release(self, worker: int, points: Points) -> None:
@@ -284,5 +335,9 @@ class Coordinator:
             self._suspect_held = None
 
     def _learn_speed(self, worker: int, seconds: float) -> None:
-        known = self._seconds_per_point.get(worker, seconds)
-        self._seconds_per_point[worker] = 0.5 * known + 0.5 * seconds
+        known = self._seconds_per_point.get(worker)
+        learned = max(seconds if known is None else 0.5 * known + 0.5 * seconds, LEAST_SECONDS)
+        self._rate += 1 / learned - (1 / known if known is not None else 0.0)
+        self._seconds_per_point[worker] = learned
+        if self._fastest < 0 or learned < self._seconds_per_point[self._fastest]:
+            self._fastest = worker

@@ -40,15 +40,15 @@ SHARED_FROM = 16 << 20
 
 
 class Pause:
-    """Sleeps that grow from 20 µs to ``longest`` seconds while nothing happens."""
+    """Sleeps that grow from ``first`` to ``longest`` seconds while nothing happens."""
 
-    def __init__(self, longest: float = 0.005):
-        self.longest = longest
+    def __init__(self, longest: float = 0.005, first: float = 20e-6):
+        self.longest, self.first = longest, first
         self.reset()
 
     def reset(self) -> None:
         """Something happened: be quick again."""
-        self._seconds = 20e-6
+        self._seconds = self.first
 
     def __call__(self) -> None:
         """Sleep, a little longer than the last time."""

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -48,6 +48,10 @@ class Recorder(Protocol):
 
     def commit(self) -> None:
         """Make everything taken so far safe."""
+
+
+ROUND_SECONDS = 0.02
+"""How often rank 0 looks after everything but messages."""
 
 
 @dataclass
@@ -293,18 +297,20 @@ class _OwnWorker(threading.Thread):
 
 @dataclass
 class _Commits:
-    """When to commit: every so many seconds, more seldom where the disk is slow, but every ten at least."""
+    """When to commit: soon at first, then every so many seconds; more seldom where the disk is slow, but every ten."""
 
     recorder: Recorder
     seconds: float
     _next: float = field(default_factory=time.monotonic)
+    _first: float = 0.05
 
     def __call__(self) -> None:
         start = time.monotonic()
         if start >= self._next:
             self.recorder.commit()
             end = time.monotonic()
-            self._next = end + max(self.seconds, min(20 * (end - start), 10.0))
+            self._first = min(2 * self._first, self.seconds)
+            self._next = end + max(self._first, min(20 * (end - start), 10.0))
 
 
 def lead(
@@ -345,7 +351,7 @@ def lead(
     )
     crew = _Crew(ranks, coordinator, own, recorder, patience, say)
     commits = _Commits(recorder, commit_seconds)
-    pause = Pause()
+    pause, next_round = Pause(first=1e-4), 0.0
     failure: DistsurfError | None = None
     value = None
     try:
@@ -354,15 +360,20 @@ def lead(
             messages = ranks.receive() + own.arrived()
             for worker, message in messages:
                 crew.take(worker, message)
-            if stop.is_asked():
-                coordinator.stop()
-            crew.answer()
-            crew.part_with_the_silent()
-            commits()
             if messages:
-                on_progress(crew.recorded, len(coordinator.failed))
+                crew.answer()
                 pause.reset()
-            else:
+            now = time.monotonic()
+            if now >= next_round:
+                next_round = now + ROUND_SECONDS
+                if stop.is_asked():
+                    coordinator.stop()
+                crew.part_with_the_silent()
+                crew.answer()
+                crew.keep_waiting()
+                commits()
+                on_progress(crew.recorded, len(coordinator.failed))
+            if not messages:
                 pause()
         if not crew.own_is_lost:
             own.end(patience.silence)
@@ -403,7 +414,7 @@ class _Crew:
     @property
     def is_gone(self) -> bool:
         """Whether nobody works any more."""
-        return len(self._leaving | self._lost.keys()) == self._ranks.size
+        return len(self._leaving) + len(self._lost) == self._ranks.size
 
     @property
     def own_is_lost(self) -> bool:
@@ -443,6 +454,10 @@ class _Crew:
                 )
             result = report.points[new], report.values[new], report.seconds[new]
         self._recorder.record(*result)
+        # Should all die before the next commit, these have not been begun in vain once more.
+        ended = self._coordinator.begun_before(report.points)
+        if ended:
+            self._recorder.withdraw(np.array(ended))
         self.recorded += len(result[0])
 
     def answer(self) -> None:
@@ -458,14 +473,13 @@ class _Crew:
                 self._own.shards.put(reply)
             else:
                 self._ranks.send(worker, reply)
-        self.keep_waiting(self._coordinator.waiting)
 
-    def keep_waiting(self, workers: Iterable[int] | None = None) -> None:
-        """Have those who wait (all that are there, if none are named) know that rank 0 is alive."""
+    def keep_waiting(self) -> None:
+        """Have those who wait for an answer or for the end know that rank 0 is alive."""
         if time.monotonic() >= self._next_signs:
             self._next_signs = time.monotonic() + self._patience.beat
-            named = self._reachable() if workers is None else {*workers, *self._leaving} - {0}
-            for worker in named:
+            waiting = {*self._coordinator.waiting, *self._leaving, *self._lost}
+            for worker in waiting & self._reachable():
                 self._ranks.send(worker, Order.WAIT)
 
     def part_with_the_silent(self) -> None:

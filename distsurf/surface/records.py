@@ -15,6 +15,7 @@ from distsurf.surface.layout import COST, REASON_BYTES, Layout
 from distsurf.surface.storage import Storage
 from distsurf.surface.surface import Status, Surface
 
+PAGE_BYTES = 4096
 Points = NDArray[np.int64]
 Values = NDArray[np.float64]
 
@@ -61,15 +62,27 @@ class Records:
     # -- writing ------------------------------------------------------------------------------------------
 
     def put(self, name: str, points: Points, values: NDArray[Any]) -> None:
-        """Write the entries ``(P,)`` of a dataset at ascending indices ``(P,)``; neighbours are one write."""
+        """Write the entries ``(P,)`` of a dataset at ascending indices ``(P,)``.
+
+        Points visited coarse-to-fine lie scattered: those of a page are one write, together with what lies between them
+        as it is. There is one writer, and a page is written whole or not at all by a process that is killed.
+        """
         if not len(points):
             return
         place = self._layout.places[name]
         values = np.ascontiguousarray(values, place.dtype)
-        starts = np.flatnonzero(np.diff(points, prepend=points[0] - 2) != 1).tolist()
         size = place.dtype.itemsize
+        pages = points * size // PAGE_BYTES
+        starts = np.flatnonzero(np.diff(pages, prepend=-1)).tolist()
         for start, end in zip(starts, [*starts[1:], len(points)], strict=True):
-            self._storage.write(place.offset + int(points[start]) * size, values[start:end].data)
+            first, last = int(points[start]), int(points[end - 1])
+            offset, block = place.offset + first * size, values[start:end]
+            if last - first >= end - start:
+                block = np.frombuffer(
+                    self._storage.read(offset, (last - first + 1) * size), place.dtype
+                ).copy()
+                block[points[start:end] - first] = values[start:end]
+            self._storage.write(offset, block.data)
 
     def put_values(self, points: Points, values: Values, cost: Values, status: NDArray[np.uint8]) -> None:
         """Write all of a record but its status."""

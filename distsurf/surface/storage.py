@@ -19,7 +19,7 @@ class Storage(Protocol):
     def read(self, offset: int, size: int) -> bytes:
         """``size`` bytes from an offset on. Raises DamagedFile where there are fewer."""
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Put bytes at an offset."""
 
     def sync(self) -> None:
@@ -41,7 +41,7 @@ class Memory:
     def read(self, offset: int, size: int) -> bytes:
         return bytes(self._bytes[offset : offset + size])
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         view = memoryview(data).cast("B")
         if offset + len(view) > len(self._bytes):
             self._bytes.extend(bytes(offset + len(view) - len(self._bytes)))
@@ -67,7 +67,7 @@ class Padded:
         there = max(0, min(size, self._storage.size() - offset))
         return (self._storage.read(offset, there) if there else b"").ljust(size, b"\0")
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         raise OSError(errno.EROFS, "a damaged file stays as it is")
 
     def sync(self) -> None:
@@ -96,7 +96,7 @@ class Disk:
             raise DamagedFile(f"it ends {size:,} bytes too early")
         return b"".join(parts)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         view = memoryview(data).cast("B")
         while view:
             written = os.pwrite(self._descriptor, view, offset)

@@ -143,3 +143,106 @@ def test_ranks_of_unequal_speed_finish_together(workers: int) -> None:
     ideal = points / sum(1 / s for s in speeds)
     assert done.now <= 1.03 * ideal
     assert done.shards < points / 5
+
+
+@pytest.mark.parametrize(("workers", "each"), [(300, 100), (1000, 100)])
+def test_few_points_for_many_workers(workers: int, each: int) -> None:
+    """97 % of the ideal, though the slowest worker's point takes 4 % of it: it has to leave the end to others."""
+    rng = random.Random(1)
+    speeds = [0.02 * 10 ** rng.random() for _ in range(workers)]
+    done = Simulation(workers * each, speeds).run()
+    ideal = workers * each / sum(1 / s for s in speeds)
+    assert ideal >= 0.97 * done.now
+    assert (done.recorded == 1).all()
+
+
+def test_those_left_out_at_the_end_are_called_back() -> None:
+    """The fast worker dies over what the slow one was left out of."""
+    coordinator = Coordinator(FullPlan(np.arange(4)), 4, 2)
+    for worker, seconds in ((0, 0.001), (1, 10.0)):
+        coordinator.request(worker)
+        ((_, shard),) = coordinator.replies()
+        assert isinstance(shard, Shard)
+        coordinator.result(worker, shard.points, np.ones((1, 1)), np.array([seconds]))
+    coordinator.request(0)
+    ((worker, shard),) = coordinator.replies()
+    assert (worker, shard.points.tolist()) == (0, [2])  # type: ignore[union-attr]
+    coordinator.request(1)
+    assert coordinator.replies() == []  # the other one is through long before it
+    assert coordinator.waiting == [1]
+    coordinator.lose(0, "killed")
+    ((worker, shard),) = coordinator.replies()
+    assert (worker, shard.points.tolist()) == (1, [2])  # type: ignore[union-attr]
+
+
+def test_silent_workers_are_overdue_only_while_they_hold_points() -> None:
+    coordinator = Coordinator(FullPlan(np.arange(9)), 9, 3, silence=10.0, now=100.0)
+    coordinator.request(0)
+    coordinator.request(1)
+    coordinator.replies()
+    assert coordinator.overdue(110.0) == []
+    coordinator.heard(1, 105.0)
+    assert coordinator.overdue(110.5) == [0]
+    assert coordinator.lose(0) == []
+    assert coordinator.overdue(114.0) == []
+    assert coordinator.overdue(116.0) == [1]
+    coordinator.heard(0, 116.0)  # it is back
+    coordinator.request(0)
+    ((worker, shard),) = coordinator.replies()
+    assert (worker, shard.points.tolist()) == (0, [0])  # type: ignore[union-attr]
+
+
+def test_a_deadly_point_is_found_out_alone() -> None:
+    """It kills whoever takes it. Those that were in its shard are not blamed; it is given up after three deaths."""
+    coordinator = Coordinator(FullPlan(np.arange(40)), 40, 8, shard_seconds=1e9)
+    deadly, alive, done = 23, set(range(8)), set()
+    for worker in alive:
+        coordinator.request(worker)
+    while alive:
+        replies = coordinator.replies()
+        assert replies
+        for worker, reply in replies:
+            if reply is Order.STOP:
+                alive.discard(worker)
+                continue
+            assert isinstance(reply, Shard)
+            points = reply.points
+            if deadly in points:
+                alive.discard(worker)
+                coordinator.lose(worker, "killed")
+                continue
+            coordinator.result(worker, points, np.ones((len(points), 1)), np.full(len(points), 0.1))
+            done |= set(points.tolist())
+            coordinator.request(worker)
+    assert coordinator.failed == {deadly: "its process died: killed (3 times)"}
+    assert done == set(range(40)) - {deadly}
+
+
+def test_suspects_of_earlier_runs_come_last_and_one_at_a_time() -> None:
+    coordinator = Coordinator(FullPlan(np.arange(6)), 6, 2, attempts={1: 2, 4: 2, 5: 1})
+    order = []
+    held: dict[int, list[int]] = {}
+    for worker in (0, 1):
+        coordinator.request(worker)
+    while not coordinator.finished:
+        for worker, reply in coordinator.replies():
+            assert isinstance(reply, Shard)
+            held[worker] = reply.points.tolist()
+            order += held[worker]
+        assert len([p for points in held.values() for p in points if p in (1, 4)]) <= 1
+        worker, points = held.popitem()
+        coordinator.result(worker, np.array(points), np.ones((len(points), 1)), np.ones(len(points)))
+        coordinator.request(worker)
+    assert sorted(order) == list(range(6))
+    assert set(order[-2:]) == {1, 4}
+
+
+def test_what_is_given_back_in_good_order_counts_as_no_attempt() -> None:
+    coordinator = Coordinator(FullPlan(np.arange(1)), 1, 1)
+    for _ in range(9):
+        coordinator.request(0)
+        ((_, shard),) = coordinator.replies()
+        assert isinstance(shard, Shard)
+        assert coordinator.request(0) == [0]
+        coordinator.replies()
+    assert coordinator.failure(0, 0, "broken") is False
