@@ -155,7 +155,7 @@ class Chaos:
             "blow         blows  damaged files  lost points  evaluated again  slowest end  slowest completion"
         )
         rows = [
-            f"{kind:12} {t.blows:5}  {t.damaged if kind == 'cut copy' else 0:13}  {t.lost:11}  {t.again:15}  "
+            f"{kind:12} {t.blows:5}  {t.damaged:13}  {t.lost:11}  {t.again:15}  "
             f"{t.slowest_end:9.1f} s  {t.slowest_completion:16.1f} s"
             for kind, t in sorted(self.tallies.items())
         ]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +25,24 @@ class Job:
     """A run of `tests.faults.runner` (or any command) in its own session, with a bound on its time."""
 
     def __init__(
-        self, path: Path, kind: str = "good", ranks: int = 3, bound: float = 60.0, **options: object
+        self,
+        path: Path,
+        kind: str = "good",
+        ranks: int = 3,
+        bound: float = 60.0,
+        launcher: Sequence[object] | None = None,
+        env: Mapping[str, str] | None = None,
+        **options: object,
     ):
         self.path, self.bound = path, bound
         told = [f"{key}={json.dumps(given)}" for key, given in options.items()]
-        launcher = [MPIRUN, "-n", ranks] if ranks else []
+        if launcher is None:
+            launcher = [MPIRUN, "-n", ranks] if ranks else []
         command = [*launcher, sys.executable, "-m", "tests.faults.runner", path, kind, *told]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,
+            env={**os.environ, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -53,19 +62,17 @@ class Job:
         self.wait_for(lambda: evaluated(self.path) >= count)
 
     def ranks(self) -> dict[int, int]:
-        """Process ids by rank."""
+        """Process ids by rank, also of those that a daemon started for srun."""
         found = {}
-        for pid in _children(self.process.pid):
+        for pid in (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()):
             with contextlib.suppress(OSError, ValueError, IndexError):
                 variables = dict(
                     part.split("=", 1)
                     for part in Path(f"/proc/{pid}/environ").read_text().split("\0")
                     if "=" in part
                 )
-                if (
-                    "tests.faults.runner" in Path(f"/proc/{pid}/cmdline").read_text()
-                    and "PMI_RANK" in variables
-                ):
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if words[1:3] == ["-m", "tests.faults.runner"] and str(self.path) in words:
                     found[int(variables["PMI_RANK"])] = pid
         return found
 

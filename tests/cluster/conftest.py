@@ -1,0 +1,23 @@
+"""What needs a cluster: skipped where there is none, except where it is required (CI)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.slurm import Slurm, missing
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A SLURM of two nodes."""
+    why_not = missing()
+    if why_not:
+        if "slurm" in os.environ.get("DISTSURF_TESTS_REQUIRE", ""):
+            pytest.fail(why_not)
+        pytest.skip(why_not)
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.close()

@@ -1,0 +1,122 @@
+"""A real SLURM for a test session: munge, a controller and two nodes on this machine, without systemd."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
+CONFIGURATION = """
+ClusterName=t
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+TmpFS={folder}/tmp.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+AuthInfo=cred_expire=5
+KillWait=3
+SlurmdTimeout=5
+MinJobAge=300
+ReturnToService=2
+MpiDefault=pmi2
+PropagateResourceLimits=NONE
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=10000,bf_interval=1
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=8
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=8
+PartitionName=p Nodes=ALL Default=YES
+"""
+
+
+def missing() -> str:
+    """Why there can be no SLURM here; empty if there can."""
+    if os.geteuid() != 0:
+        return "SLURM's daemons need root"
+    absent = [name for name in PROGRAMS if _program(name) is None]
+    return f"no {', '.join(absent)} on this machine" if absent else ""
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+class Slurm:
+    """Two nodes of eight CPUs, up from here to `close`."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        for name in ("state", *(f"{kind}.n{node}" for kind in ("spool", "tmp") for node in (1, 2))):
+            (folder / name).mkdir()
+        port, port1, port2 = _free_ports(3)
+        host = socket.gethostname().split(".")[0]
+        text = CONFIGURATION.format(folder=folder, host=host, port=port, port1=port1, port2=port2)
+        (folder / "slurm.conf").write_text(text)
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        self._started_munge = _start_munge()
+        self._run("slurmctld")
+        for node in ("n1", "n2"):
+            self._run("slurmd", "-N", node)
+        end = time.monotonic() + 30
+        while self._states() != {"idle"}:
+            if time.monotonic() > end:
+                log = (folder / "slurmctld.log").read_text()[-2000:]
+                self.close()
+                raise AssertionError(f"SLURM does not come up: {self._states()}\n{log}")
+            time.sleep(0.1)
+
+    def _run(self, program: str, *arguments: str) -> str:
+        found = _program(program)
+        assert found is not None
+        environment = {**os.environ, **self.environment}
+        return subprocess.run(
+            [found, *arguments], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    def _states(self) -> set[str]:
+        try:
+            return {line.split()[1] for line in self._run("sinfo", "-h", "-N", "-o", "%N %t").splitlines()}
+        except subprocess.CalledProcessError:
+            return set()
+
+    def close(self) -> None:
+        """End the daemons."""
+        for name in ("slurmd.n1.pid", "slurmd.n2.pid", "slurmctld.pid"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int((self._folder / name).read_text()), signal.SIGTERM)
+        if self._started_munge:
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(Path("/run/munge/munged.pid").read_text()), signal.SIGTERM)
+
+
+def _start_munge() -> bool:
+    """Whether it had to be started."""
+    if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
+        return False
+    Path("/run/munge").mkdir(exist_ok=True)
+    shutil.chown("/run/munge", "munge")
+    munged = _program("munged")
+    subprocess.run(["su", "-s", "/bin/sh", "munge", "-c", str(munged)], check=True, capture_output=True)
+    return True
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
