@@ -206,12 +206,13 @@ def follow(
     columns = len(evaluator.columns)
     stop.every(patience.beat, lambda: ranks.send(0, Beat()))
     report: Report | Broken | None = _first_report(columns)
+    inbox: deque[Any] = deque()
     while True:
         if isinstance(report, Report):
             report.is_leaving = stop()
         if report is not None:
             ranks.send(0, report)
-        reply = _await_reply(ranks, patience)
+        reply = _await_reply(ranks, patience, inbox)
         if isinstance(reply, Farewell):
             ranks.lost = frozenset(reply.lost)
             if reply.error is not None:
@@ -231,12 +232,14 @@ def _first_report(columns: int) -> Report:
     return Report(np.empty(0, np.int64), np.empty((0, columns)), np.empty(0), [])
 
 
-def _await_reply(ranks: Ranks, patience: Patience) -> Any:
+def _await_reply(ranks: Ranks, patience: Patience, inbox: deque[Any]) -> Any:
+    """The next message of rank 0 that is more than a sign of life; several may come at once."""
     pause = Pause()
     end = time.monotonic() + patience.silence
     while time.monotonic() < end:
-        for _, reply in ranks.receive(source=0):
-            if reply is not Order.WAIT:
+        inbox += [reply for _, reply in ranks.receive(source=0)]
+        while inbox:
+            if (reply := inbox.popleft()) is not Order.WAIT:
                 return reply
             end = time.monotonic() + patience.silence
         pause()

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from distsurf.distribute.coordinator import FullPlan, Shard
+from distsurf.distribute.coordinator import FullPlan, Order, Shard
 from distsurf.distribute.ranks import Ranks
 from distsurf.distribute.signals import StopRequest
-from distsurf.distribute.work import Pulse, evaluate_shard, lead
-from distsurf.errors import DistsurfError
+from distsurf.distribute.work import Farewell, Patience, Pulse, evaluate_shard, follow, lead
+from distsurf.errors import DistsurfError, Incomplete
 from distsurf.evaluator import Column, Stopped
 from distsurf.grid import Grid
 from distsurf.surface import Status, SurfaceFile
@@ -212,3 +212,34 @@ def test_points_are_evaluated_several_at_a_time_and_alone_where_one_fails() -> N
     assert [point for point, _ in report.failures] == [5]
     assert len(report.seconds) == 9
     assert len(set(report.seconds[:4])) == 1
+
+
+def test_a_worker_that_gets_several_messages_at_once_takes_all_of_them() -> None:
+    """The order to stop and the last word may arrive together, with signs of life between."""
+
+    class Mail(Ranks):
+        rank = 1
+
+        def __init__(self, *letters: list[Any]) -> None:
+            super().__init__()
+            self.hosts = ["a", "b"]
+            self._letters = list(letters)
+            self.sent: list[Any] = []
+
+        def send(self, rank: int, message: Any) -> None:
+            self.sent.append(message)
+
+        def receive(self, source: int | None = None) -> list[tuple[int, Any]]:
+            return [(0, letter) for letter in self._letters.pop(0)] if self._letters else []
+
+    farewell = Farewell(None, (2,), "the end")
+    shard = Shard(np.array([3, 4]))
+    ranks = Mail([Order.WAIT, shard], [], [Order.STOP, Order.WAIT, farewell])
+    assert follow(ranks, Quadratic(), GRID, Pulse(lambda: False), Patience(5.0)) == "the end"
+    assert [report.points.tolist() for report in ranks.sent] == [[], [3, 4]]
+    assert ranks.lost == {2}
+    with pytest.raises(Incomplete, match=r"rank 1 on b: rank 0 on a has not answered for 0\.2 s"):
+        follow(Mail([Order.WAIT]), Quadratic(), GRID, Pulse(lambda: False), Patience(0.2))
+    bad = Farewell(("the file is another job's", 1), (), None)
+    with pytest.raises(DistsurfError, match="another job"):
+        follow(Mail([bad]), Quadratic(), GRID, Pulse(lambda: False), Patience(5.0))

@@ -65,7 +65,7 @@ class Job:
         """Process ids by rank, also of those that a daemon started for srun."""
         found = {}
         for pid in (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()):
-            with contextlib.suppress(OSError, ValueError, IndexError):
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 variables = dict(
                     part.split("=", 1)
                     for part in Path(f"/proc/{pid}/environ").read_text().split("\0")
@@ -73,7 +73,8 @@ class Job:
                 )
                 words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
                 if words[1:3] == ["-m", "tests.faults.runner"] and str(self.path) in words:
-                    found[int(variables["PMI_RANK"])] = pid
+                    rank = variables.get("PMI_RANK") or variables["OMPI_COMM_WORLD_RANK"]
+                    found[int(rank)] = pid
         return found
 
     def strike(self, victim: str, blow: signal.Signals) -> bool:
