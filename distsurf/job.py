@@ -297,9 +297,13 @@ def _complaints(error: ValidationError) -> list[str]:
 
 def _place(error: Any) -> list[str]:
     """The keys that lead to an error; pydantic puts the types of a union's members between them."""
-    return [
-        str(p) for p in error["loc"] if isinstance(p, int) or (p.isidentifier() and p not in _UNION_MEMBERS)
-    ]
+    *outer, last = error["loc"] or ("",)
+    keys = [p for p in outer if isinstance(p, int) or (p.isidentifier() and p not in _UNION_MEMBERS)]
+    # An unknown key may look like anything.
+    is_key = isinstance(last, int) or error["type"] == "extra_forbidden"
+    if is_key or (last.isidentifier() and last not in _UNION_MEMBERS):
+        keys.append(last)
+    return [" ".join(str(key).split()) for key in keys]
 
 
 def _complaint(place: list[str], error: Any) -> str:
