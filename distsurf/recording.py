@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from distsurf.distribute.coordinator import FullPlan
-from distsurf.distribute.ranks import Ranks
+from distsurf.distribute.ranks import Ranks, in_words
 from distsurf.distribute.signals import StopRequest
-from distsurf.distribute.work import Patience, Pulse, lead
-from distsurf.errors import InputError
+from distsurf.distribute.work import Patience, Pulse, call_off, lead
+from distsurf.errors import DistsurfError, InputError
 from distsurf.evaluator import Evaluator
 from distsurf.progress import Mode, Progress, duration
 from distsurf.surface import Status, Surface, SurfaceFile
@@ -139,23 +139,12 @@ def evaluate_missing(
     The other ranks have to be in `distsurf.distribute.work.follow`.
     """
     recorder = PatientRecorder(file, say, stop.ask, disk_patience)
-    # What failed in an earlier run is tried again, with its attempts forgotten.
-    file.forgive()
-    status, attempts = file.status().ravel(), file.attempts().ravel()
-    done = np.isin(status, (Status.EVALUATED, Status.INTERPOLATED))
-    deadly = ~done & (attempts >= MOST_DEATHS)
-    for point in np.flatnonzero(deadly).tolist():
-        file.record_failure(
-            point,
-            f"its process died {attempts[point]} times while it was evaluated; the same command tries it again",
-        )
-    order = file.grid.coarse_to_fine()
-    missing = order[~(done | deadly)[order]]
-    begun = np.flatnonzero(attempts * ~(done | deadly))
-    before = int(done.sum())
-    if before or deadly.any():
-        left = f"{len(missing):,} to go" if len(missing) else "nothing to do"
-        say(f"{file.path} has {before:,} of {file.grid.size:,} points; {left}")
+    try:
+        before, missing, attempts = _what_to_do(file, say)
+    except Exception as error:
+        told = error if isinstance(error, DistsurfError) else DistsurfError(in_words(error))
+        call_off(ranks, told)
+        raise told from error
     start = time.monotonic()
     shown = Progress(file.grid.size, before, samples, mode=progress)
 
@@ -183,7 +172,7 @@ def evaluate_missing(
             recorder,
             conclude,
             stop=pulse,
-            attempts={point: int(attempts[point]) for point in begun.tolist()},
+            attempts=attempts,
             patience=patience,
             on_progress=shown,
             say=say,
@@ -192,6 +181,28 @@ def evaluate_missing(
             commit_seconds=commit_seconds,
         )
     return outcome
+
+
+def _what_to_do(file: SurfaceFile, say: Callable[[str], None]) -> tuple[int, Points, dict[int, int]]:
+    """How many points there are, which are missing, in their order, and how often those were begun before."""
+    # What failed in an earlier run is tried again, with its attempts forgotten.
+    file.forgive()
+    status, attempts = file.status().ravel(), file.attempts().ravel()
+    done = np.isin(status, (Status.EVALUATED, Status.INTERPOLATED))
+    deadly = ~done & (attempts >= MOST_DEATHS)
+    for point in np.flatnonzero(deadly).tolist():
+        file.record_failure(
+            point,
+            f"its process died {attempts[point]} times while it was evaluated; the same command tries it again",
+        )
+    order = file.grid.coarse_to_fine()
+    missing = order[~(done | deadly)[order]]
+    begun = np.flatnonzero((attempts > 0) & ~(done | deadly))
+    before = int(done.sum())
+    if before or deadly.any():
+        left = f"{len(missing):,} to go" if len(missing) else "nothing to do"
+        say(f"{file.path} has {before:,} of {file.grid.size:,} points; {left}")
+    return before, missing, {point: int(attempts[point]) for point in begun.tolist()}
 
 
 def _what_is_missing(surface: Surface, reason: str, unwritten: str) -> str:

@@ -394,6 +394,12 @@ def lead(
     return value
 
 
+def call_off(ranks: Ranks, error: DistsurfError) -> None:
+    """Rank 0: end the others, who are in `follow`, with an error that came up before there was anything to do."""
+    for worker in range(1, ranks.size):
+        ranks.send(worker, Farewell((str(error), error.exit_code), (), None))
+
+
 class _Crew:
     """Rank 0's view of the ranks while they work: who is there, who has left, who is lost."""
 
