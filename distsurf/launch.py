@@ -19,6 +19,9 @@ from distsurf.distribute.signals import ASKING
 from distsurf.errors import Incomplete, InputError
 from distsurf.surface import Status, SurfaceFile
 
+ALONE_SECONDS = 10.0
+"""How often mpirun is looked after: twice without a child, and it is ended."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -94,10 +97,22 @@ class Launcher:
         try:
             # In a session of its own, so that Ctrl-C reaches mpirun through us, once.
             self._process = subprocess.Popen([*self._command, *arguments], start_new_session=True)
-            return self._process.wait()
+            return self._wait(self._process)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """The exit status; mpirun was seen to stay for ever when its own helpers had been killed, and is ended then."""
+        was_alone = False
+        while True:
+            try:
+                return process.wait(timeout=ALONE_SECONDS)
+            except subprocess.TimeoutExpired:
+                is_alone = not _has_children(process.pid)
+                if is_alone and was_alone:
+                    process.kill()
+                was_alone = is_alone
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_second, self.stopped = bool(self.stopped), signal.Signals(number).name
@@ -108,6 +123,14 @@ class Launcher:
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
                 self._process.send_signal(signal.SIGINT)  # which every mpirun passes on to its ranks
+
+
+def _has_children(pid: int) -> bool:
+    """Whether a process has children; also where the system does not tell (it is not Linux)."""
+    try:
+        return any((task / "children").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return True
 
 
 def _mpirun() -> str:

@@ -354,7 +354,7 @@ def lead(
     )
     crew = _Crew(ranks, coordinator, own, recorder, patience, say)
     commits = _Commits(recorder, commit_seconds)
-    pause, next_round = Pause(first=1e-4), 0.0
+    pause, next_round = Pause(first=5e-4), 0.0
     failure: DistsurfError | None = None
     value = None
     try:

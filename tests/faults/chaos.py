@@ -52,6 +52,7 @@ class Chaos:
     def __init__(self, folder: Path, seed: int):
         self._folder = folder
         self._random = random.Random(seed)
+        self.launchers_that_stayed = 0
         self.tallies: dict[str, Tally] = defaultdict(Tally)
         self._blows: dict[str, Callable[[Job, str], None]] = {
             "KILL": lambda job, victim: self._signal(job, victim, signal.SIGKILL),
@@ -86,7 +87,10 @@ class Chaos:
             self._blows[kind](job, victim)
             struck = time.monotonic()
             ended = job.end()
-            tally.slowest_end = max(tally.slowest_end, time.monotonic() - struck)
+            if job.launcher_stayed:
+                self.launchers_that_stayed += 1
+            else:
+                tally.slowest_end = max(tally.slowest_end, time.monotonic() - struck)
             assert "Traceback" not in ended.err, ended.err
             if path.exists():
                 left = require_truth(path).count(Status.EVALUATED)
@@ -159,7 +163,11 @@ class Chaos:
             f"{t.slowest_end:9.1f} s  {t.slowest_completion:16.1f} s"
             for kind, t in sorted(self.tallies.items())
         ]
-        return [header, *rows]
+        return [
+            header,
+            *rows,
+            f"mpirun stayed when all its ranks were gone: {self.launchers_that_stayed} times",
+        ]
 
 
 def main() -> int:

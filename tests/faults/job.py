@@ -35,6 +35,7 @@ class Job:
         **options: object,
     ):
         self.path, self.bound = path, bound
+        self.launcher_stayed = False
         told = [f"{key}={json.dumps(given)}" for key, given in options.items()]
         if launcher is None:
             launcher = [MPIRUN, "-n", ranks] if ranks else []
@@ -93,11 +94,27 @@ class Job:
         return hit
 
     def end(self) -> Ended:
-        """Wait for the end; one that outlives its bound fails the test, with every rank's stack."""
-        try:
-            out, err = self.process.communicate(timeout=self.bound)
-        except subprocess.TimeoutExpired:
-            self.fail()
+        """Wait for the end; one that outlives its bound fails the test, with every rank's stack.
+
+        mpirun has been seen to stay for ever when its own helpers had been struck and all ranks were gone: it is ended
+        then, and counted.
+        """
+        end = time.monotonic() + self.bound
+        alone_since: float | None = None
+        while True:
+            try:
+                out, err = self.process.communicate(timeout=0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if self.ranks():
+                    alone_since = None
+                elif alone_since is None:
+                    alone_since = time.monotonic()
+                elif time.monotonic() - alone_since > 10:
+                    self.launcher_stayed = True
+                    self.clear_away()
+                if time.monotonic() > end:
+                    self.fail()
         # Ranks whose launcher was killed go by themselves, or not: none may be left to hold the file.
         self.clear_away()
         return Ended(self.process.returncode, out, err)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distsurf import launch
 from distsurf.errors import Incomplete
 from distsurf.launch import run_again
 from distsurf.surface import Status, Surface
@@ -123,3 +124,15 @@ def test_it_goes_on_while_the_file_advances(tmp_path: Path) -> None:
         restarted([10, 20], 1)
     forget(path, *range(done.status.size))
     assert restarted([200, 220], 5) == 3  # all settled, by failure
+
+
+def test_an_mpirun_that_stays_behind_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without children that does not end: what mpirun becomes when its helpers are killed."""
+    monkeypatch.setattr(launch, "ALONE_SECONDS", 0.2)
+    sleeper = tmp_path / "mpirun"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(launch, "_mpirun", lambda: str(sleeper))
+    assert launch.Launcher(2)([]) == -signal.SIGKILL
+    sleeper.write_text("#!/bin/sh\nsleep 2; exit 3\n")  # one with a child is waited for
+    assert launch.Launcher(2)([]) == 3
