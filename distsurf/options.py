@@ -19,7 +19,7 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf run                   the built-in example, on handwritten digits
   distsurf run my.toml           a job of your own, in one process
   mpirun -n 8 distsurf run my.toml   on 8 ranks; the same command continues it
-  distsurf run my.toml --ranks 8 --restarts 5   the same, started again if it dies
+  distsurf run my.toml --ranks 8 --restarts 5   the same, again if it dies
   distsurf status surface.h5     what is in a surface file, finished or not
   distsurf plot surface.h5       draw it
   distsurf check surface.h5      is the file sound and complete? (--repair)
