@@ -114,7 +114,9 @@ def test_failed_point_is_tried_by_others() -> None:
 def test_lost_workers_cost_at_most_the_shard_they_held(speeds: list[float], dying: dict[int, int]) -> None:
     done = Simulation(200, speeds, dying=dying).run()
     failed = list(done.coordinator.failed)
-    assert len(failed) <= len(dying) // 3  # a point that three of them held when they died is taken for deadly
+    assert (
+        len(failed) <= len(dying) // 3
+    )  # a point that three of them held when they died is taken for deadly
     assert (np.delete(done.recorded, failed) == 1).all()
     assert (np.delete(done.evaluations, failed) == 1).all()  # what a dead worker held was never reported
 
