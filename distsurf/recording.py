@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distsurf.distribute.coordinator import FullPlan
+from distsurf.distribute.coordinator import MOST_ATTEMPTS, FullPlan
 from distsurf.distribute.ranks import Ranks, in_words
 from distsurf.distribute.signals import StopRequest
 from distsurf.distribute.work import Patience, Pulse, call_off, lead
@@ -21,8 +21,6 @@ from distsurf.progress import Mode, Progress, duration
 from distsurf.surface import Status, Surface, SurfaceFile
 from distsurf.surface.records import Points, Values
 
-MOST_DEATHS = 3
-"""A point whose process died so often is given up."""
 DISK_PATIENCE = 600.0
 """Seconds for which a disk that takes no results is tried again."""
 
@@ -189,7 +187,7 @@ def _what_to_do(file: SurfaceFile, say: Callable[[str], None]) -> tuple[int, Poi
     file.forgive()
     status, attempts = file.status().ravel(), file.attempts().ravel()
     done = np.isin(status, (Status.EVALUATED, Status.INTERPOLATED))
-    deadly = ~done & (attempts >= MOST_DEATHS)
+    deadly = ~done & (attempts >= MOST_ATTEMPTS)
     for point in np.flatnonzero(deadly).tolist():
         file.record_failure(
             point,

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 Points = NDArray[np.int64]
 LEAST_SECONDS = 1e-9
 """A point takes some time, whatever a coarse clock says."""
+MOST_ATTEMPTS = 3
+"""So often is a point begun: then it is given up, for this run or, where its processes died, until the next one."""
 SLACK = 1.5
 """How far the others are trusted to be through with what is left."""
 SUSPECT = 2
@@ -108,7 +110,7 @@ class Coordinator:
         workers: int,
         *,
         shard_seconds: float = 1.0,
-        max_attempts: int = 3,
+        max_attempts: int = MOST_ATTEMPTS,
         attempts: Mapping[int, int] | None = None,
         silence: float = math.inf,
         now: float = 0.0,
