@@ -47,7 +47,9 @@ def tune_batch_size(
         while LEAST <= size <= MOST and size < 2 * samples and clock() < end:
             try:
                 seconds = seconds_per_sample(size)
-            except Exception:  # no memory, or whatever else: a size that cannot be measured is not the fastest
+            except (
+                Exception
+            ):  # no memory, or whatever else: a size that cannot be measured is not the fastest
                 break
             if seconds * STEP > best_seconds:
                 break
