@@ -470,7 +470,7 @@ class _Crew:
         self.recorded += len(result[0])
 
     def answer(self) -> None:
-        """Answer everybody who can be, and give the others a sign of life when it is time."""
+        """Answer everybody who can be."""
         for worker, reply in self._coordinator.replies():
             if isinstance(reply, Shard):
                 if self._coordinator.has_suspect_out:

@@ -193,6 +193,8 @@ class SurfaceFile:
         """Take the values ``(P, C)`` and costs ``(P,)`` of points ``(P,)``; `commit` brings them to the file."""
         if len(points):
             self._pending.append((points, values, seconds))
+            for point in points.tolist() if self._pending_failures else ():
+                self._pending_failures.pop(point, None)
 
     def record_failure(self, point: int, reason: str) -> None:
         """Take a point as failed, with the reason."""

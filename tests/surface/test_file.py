@@ -75,6 +75,18 @@ def test_failed_point_that_succeeds_later_has_no_reason(file: SurfaceFile) -> No
     assert len(failures) == 19
 
 
+def test_a_value_that_comes_after_a_failure_counts(file: SurfaceFile) -> None:
+    """Given up, and then evaluated after all by a rank that came back: also within one commit."""
+    file.record_failure(4, "no sign of life")
+    _record(file, [4, 5])
+    assert file.read().count(Status.EVALUATED) == 2
+    file.commit()
+    surface = file.read()
+    assert surface.failures == {}
+    assert surface["loss"].ravel()[4] == 6.0
+    assert file.problems() == []
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.0, 5e-324, -7.25])
 def test_every_float_comes_back_bit_for_bit(file: SurfaceFile, value: float) -> None:
     file.record(np.array([2]), np.array([[value, value]]), np.array([0.1]))
