@@ -66,17 +66,23 @@ def _is_first_rank() -> bool:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from distsurf.distribute.ranks import connected, end_now
-    from distsurf.distribute.signals import interrupted_by_signals
+    from distsurf.distribute.ranks import connected, end_now, launched
+    from distsurf.distribute.signals import interrupted_by_signals, killed_by_signals
 
     if options.plain:
         options.set.append("run.fast=false")
-    job = _job(options.job, options.set)
     if options.restarts and not options.ranks:
         raise InputError("--restarts starts mpirun again: it needs --ranks")
     if options.ranks:
-        return _launch(job, options)
-    with interrupted_by_signals(), connected() as ranks:
+        return _launch(_job(options.job, options.set), options)
+    with contextlib.ExitStack() as stack:
+        if launched() is not None:
+            stack.enter_context(killed_by_signals())
+        ranks = stack.enter_context(connected())
+        stack.enter_context(interrupted_by_signals())
+        # Only now: a rank that cannot read the job must be able to tell the others.
+        with ranks.together():
+            job = _job(options.job, options.set)
         try:
             code = _run_on(ranks, job, options)
         except DistsurfError as error:

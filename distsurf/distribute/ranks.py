@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distsurf.distribute.signals import killed_by_signals
 from distsurf.errors import DistsurfError, Incomplete, InputError
 
 OPENMPI_RUN, MPICH_RUN, SRUN = "Open MPI's mpirun", "MPICH's mpirun", "srun"
@@ -360,7 +361,8 @@ def connect() -> Ranks:
     # MPICH under Open MPI's launcher aborts in its initialization; the other way round gives singletons.
     is_foreign = (launcher, library.split()[0]) in {(OPENMPI_RUN, "MPICH"), (MPICH_RUN, "Open")}
     if not is_foreign and not MPI.Is_initialized():
-        MPI.Init_thread()
+        with killed_by_signals():
+            MPI.Init_thread()
     if is_foreign or size != MPI.COMM_WORLD.size:
         remedy = {
             SRUN: "choose the srun flag that fits the library: --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI",

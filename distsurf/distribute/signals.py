@@ -56,13 +56,28 @@ class StopRequest:
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
     """Have every signal that asks to stop do what Ctrl-C does, where no `StopRequest` has taken over yet."""
-    others = [number for number in ASKING if number != signal.SIGINT]
+    with _handling(signal.default_int_handler):
+        yield
+
+
+@contextmanager
+def killed_by_signals() -> Iterator[None]:
+    """Have signals kill, as they do without Python: in a call into MPI that may never return no handler runs.
+
+    A launcher ends the other ranks then. One that exits before MPI is up is waited for by the others for ever.
+    """
+    with _handling(signal.SIG_DFL):
+        yield
+
+
+@contextmanager
+def _handling(handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.default_int_handler) for number in others}
+    before = {number: signal.signal(number, handler) for number in ASKING}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

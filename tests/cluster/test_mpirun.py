@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -472,3 +473,43 @@ def test_uncaught_exception_of_a_script_ends_every_rank(job: Processes, mistake:
     ended = job.python("script.py", mistake, ranks=3, timeout=60)
     assert ended.code != 0
     assert ended.err.count(words) == 1, ended.err
+
+
+LATE = """
+# Rank 0 comes to MPI's start late.
+import os, sys, time
+from pathlib import Path
+from distsurf import cli
+from distsurf.distribute import ranks
+if os.environ["PMI_RANK"] == "0":
+    ranks.connect = lambda: time.sleep(600)
+Path(os.environ["PMI_RANK"]).touch()
+sys.exit(cli.main(["run", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_ranks_that_wait_in_mpis_own_start(job: Processes, blow: signal.Signals) -> None:
+    """Ctrl-C while one rank is not there yet: where the others wait no handler of Python's ever runs."""
+    (job.folder / "late.py").write_text(LATE)
+    process = job.start(*job.command(3), "late.py", "job.toml", "--no-pictures")
+    while not all((job.folder / rank).exists() for rank in "012"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(2)  # from there into MPI_Init, where nothing can be seen of them
+    os.killpg(process.pid, blow)
+    job.end(process, timeout=30)
+
+
+def test_a_rank_that_cannot_read_the_job_ends_all(job: Processes) -> None:
+    """On its node the file is not there: the others are told, rather than waiting for it in MPI's start."""
+    launcher = Path(sys.executable).parent / "mpirun"
+    mine, other = (
+        [sys.executable, "-m", "distsurf.run", f"{name}.toml", "--no-pictures"] for name in ("job", "none")
+    )
+    ended = job.end(
+        job.start(launcher, "-n", 1, *mine, ":", "-n", 1, *other, ":", "-n", 1, *mine), timeout=60
+    )
+    assert ended.code == 1, ended.err
+    assert "rank 1: " in ended.err
+    assert "none.toml" in ended.err
