@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from distsurf.distribute.ranks import Ranks
 from distsurf.errors import InputError
 from distsurf.job import Job
 from distsurf.objective.evaluator import ModelEvaluator
+from distsurf.objective.fast.steps import STEPS
 from distsurf.objective.fast.trace import Refused
 from distsurf.objective.fast.verify import sampled_points
 from distsurf.objective.precision import PRECISIONS
 from distsurf.objective.recipe import DEFAULT_BATCH, Recipe
-from distsurf.output import recorded
+from distsurf.output import counted_trial, recorded
 
+MOST_TRIALS = 2
+"""So many starts may die while the fast path is verified, which evaluates corners of the grid that may be deadly."""
 ALIKE = {True: 0.05, False: 1e-3}
 """Relative difference of values that ranks may have at the sampled points, in a reduced precision and otherwise: ranks
 on other hardware round otherwise, but a step that is wrong there differs by more."""
@@ -33,11 +37,13 @@ def agree_on_recipe(
     out: Path | None,
     fresh: bool,
     say: Callable[[str], None],
+    trying: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Recipe:
     """Have every rank's evaluator use the same steps of the fast path and the same batch size.
 
     A file that is continued decides both, as far as its steps still hold here; ``data.batch_size`` decides the size.
-    Otherwise rank 0 goes through the steps and all ranks measure the batch size at once, as they will compute.
+    Otherwise rank 0 goes through the steps and all ranks measure the batch size at once, as they will compute. Whatever
+    evaluates does it while ``trying``. Where earlier starts died of it, all is left plain.
     """
     grid = job.grid.grid()
     points = sampled_points(grid)
@@ -55,14 +61,20 @@ def agree_on_recipe(
                 _require_same_steps(asked, before, out)
                 evaluator.recipe = recipe = replace(recipe, steps=())
                 if before is None or before.steps:
-                    recipe = evaluator.choose(points, grid.size, asked if before is None else before.steps)
+                    wanted = asked if before is None else before.steps
+                    with trying(), counted_trial(out) as deaths:
+                        if deaths >= MOST_TRIALS:
+                            why = f"{deaths} starts died while it was verified"
+                            recipe = replace(recipe, dropped=dict.fromkeys(wanted or STEPS, why))
+                        else:
+                            recipe = evaluator.choose(points, grid.size, wanted)
                     _tell(recipe, say)
     recipe, passes, is_new = ranks.broadcast((recipe, passes, before is None))
     if passes > 0 and recipe.steps:
-        recipe = _on_every_rank(ranks, job, evaluator, recipe, points, say)
+        recipe = _on_every_rank(ranks, job, evaluator, recipe, points, say, trying)
     evaluator.recipe = recipe
     if job.data.batch_size == 0 and is_new:
-        with ranks.together():
+        with ranks.together(), trying():
             size = evaluator.tune(passes)
         recipe = evaluator.recipe = replace(recipe, batch_size=ranks.broadcast(size))
     return recipe
@@ -96,16 +108,17 @@ def _on_every_rank(
     recipe: Recipe,
     points: NDArray[np.float64],
     say: Callable[[str], None],
+    trying: Callable[[], AbstractContextManager[None]],
 ) -> Recipe:
     """Have the other ranks use rank 0's steps; none does where one of them cannot, or gets other values."""
     if ranks.size == 1:
         return recipe
     trouble, expected = "", None
-    with ranks.together():
+    with ranks.together(), trying():
         if ranks.rank == 0:
             expected = evaluator.readings(points)
     expected = ranks.broadcast(expected)
-    with ranks.together():
+    with ranks.together(), trying():
         if ranks.rank > 0:
             try:
                 evaluator.use(recipe)

@@ -12,11 +12,14 @@ import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from distsurf.distribute.launcher import launched
+from distsurf.distribute.signals import interrupted_by_signals, killed_by_signals
 from distsurf.errors import DamagedFile, DistsurfError, Incomplete, InputError, in_one_line
 from distsurf.options import Verb, parse
 
@@ -32,6 +35,15 @@ PICTURES = {"contour": "contour", "surface": "3d", "curves": "curves", "slices":
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name) and return the exit code."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
+        warnings.formatwarning = _in_a_line(warnings.formatwarning)
+        if launched() is not None:
+            stack.enter_context(killed_by_signals())
+        return _main(arguments, debug)
+
+
+def _main(arguments: Sequence[str] | None, debug: bool) -> int:
     try:
         options = parse(sys.argv[1:] if arguments is None else list(arguments), VERBS)
         return int(options.verb(options))
@@ -50,14 +62,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(
+            error.__cause__ or error.__context__, KeyboardInterrupt
+        ):  # while a library was imported
+            print("distsurf: interrupted", file=sys.stderr)
+            return Incomplete.exit_code
         print(f"distsurf: unexpected {in_one_line(error)} (--debug shows where)", file=sys.stderr)
         return DistsurfError.exit_code
 
 
+def _in_a_line(show: Callable[..., str]) -> Callable[..., str]:
+    """Warnings of our own as all that they say, without the place in our code."""
+
+    def form(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> str:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            return f"distsurf: {message}\n"
+        return show(message, category, filename, *place)
+
+    return form
+
+
 def _is_first_rank() -> bool:
     """Errors reach every rank; one of them tells the user."""
-    from distsurf.distribute.ranks import launched
-
     start = launched()
     return start is None or start[0] == 0
 
@@ -66,8 +92,7 @@ def _is_first_rank() -> bool:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from distsurf.distribute.ranks import connected, end_now, launched
-    from distsurf.distribute.signals import interrupted_by_signals, killed_by_signals
+    from distsurf.distribute.ranks import connected, end_now
 
     if options.plain:
         options.set.append("run.fast=false")
@@ -75,11 +100,7 @@ def _run(options: argparse.Namespace) -> int:
         raise InputError("--restarts starts mpirun again: it needs --ranks")
     if options.ranks:
         return _launch(_job(options.job, options.set), options)
-    with contextlib.ExitStack() as stack:
-        if launched() is not None:
-            stack.enter_context(killed_by_signals())
-        ranks = stack.enter_context(connected())
-        stack.enter_context(interrupted_by_signals())
+    with connected() as ranks, interrupted_by_signals():
         # Only now: a rank that cannot read the job must be able to tell the others.
         with ranks.together():
             job = _job(options.job, options.set)
@@ -98,7 +119,6 @@ def _run(options: argparse.Namespace) -> int:
 
 def _launch(job: Job, options: argparse.Namespace) -> int:
     """``--ranks``: start mpirun, which runs the same command on every rank."""
-    from distsurf.distribute.ranks import launched
     from distsurf.launch import Launcher, run_again
 
     if launched() is not None:
@@ -147,9 +167,11 @@ def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace) -> int:
     try:
         surface = run(job, ranks, out=out, fresh=options.fresh, progress=options.progress, say=say)
     except Incomplete as error:
+        if error.surface is None:  # a rank that was left alone
+            raise
         surface, code, message = error.surface, error.exit_code, str(error)
     if ranks.rank == 0:
-        made = [out]
+        made = [surface.path or out]
         if job.output.pictures and not options.no_pictures:
             try:
                 made += _draw(surface, out)
@@ -218,8 +240,11 @@ def _facts(surface: Surface) -> list[str]:
         span = [f"{finite.min():12.6g}", f"{finite.max():12.6g}"] if finite.size else [f"{'-':>12}"] * 2
         row = [f"{column.name:{width}}", *span]
         if origin:
-            row.append(f"{values[origin]:12.6g}")
-        lines.append("  ".join(row) + (f" {column.unit}" if column.unit else ""))
+            is_there = surface.status[origin] in (Status.EVALUATED, Status.INTERPOLATED)
+            row.append(f"{values[origin]:12.6g}" if is_there else f"{'-':>12}")
+        strange = surface.count(Status.EVALUATED) + surface.count(Status.INTERPOLATED) - finite.size
+        note = f"  ({strange:,} not finite)" if strange else ""
+        lines.append("  ".join(row) + (f" {column.unit}" if column.unit else "") + note)
     return lines
 
 

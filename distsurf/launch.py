@@ -17,8 +17,11 @@ import numpy as np
 
 from distsurf.distribute.signals import ASKING
 from distsurf.errors import Incomplete, InputError
+from distsurf.output import trials
 from distsurf.surface import Status, SurfaceFile
 
+NEVER = 1000
+"""What a start is behind before there is a file; starts that die in its verification come nearer to one without it."""
 ALONE_SECONDS = 10.0
 """How often mpirun is looked after: twice without a child, and it is ended."""
 
@@ -36,7 +39,7 @@ class State:
 def state(path: Path) -> State:
     """How far a file is; one that is not there has not begun. Raises DamagedFile."""
     if not path.exists():
-        return State(pending=-1, failed=0, progress=-1)
+        return State(pending=-1, failed=0, progress=trials(path) - NEVER)
     with SurfaceFile.open(path) as file:
         status = file.status()
         pending = int(np.count_nonzero(status == Status.PENDING))
@@ -62,7 +65,7 @@ def run_again(
     were seen to end with 0 when a node had died. A start by which the file does not advance is the last one, and so is
     one that was ``stopped`` by a signal. Raises Incomplete, and DamagedFile.
     """
-    before = State(-1, 0, -1) if is_fresh else state(path)
+    before = State(-1, 0, -NEVER) if is_fresh else state(path)
     for number in range(restarts + 1):
         code = start(number)
         now = state(path)

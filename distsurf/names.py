@@ -11,4 +11,4 @@ def nearest(given: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
-    return f"{guess}There is {', '.join(names)}"
+    return f"{guess}there is {', '.join(names)}"

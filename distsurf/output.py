@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,34 @@ def recorded(out: Path | None, fresh: bool) -> tuple[Recipe | None, int | None]:
                 raise InputError(f"{out} does not tell readably how it was evaluated: {error}") from error
         # Written before there was a fast path.
         return Recipe(batch_size=int(file.fingerprint.get("batch_size", DEFAULT_BATCH))), missing
+
+
+@contextlib.contextmanager
+def counted_trial(out: Path | None) -> Iterator[int]:
+    """How many starts have died in this block; this one counts until the block ends, however it does but by a kill."""
+    if out is None:
+        yield 0
+        return
+    marker, deaths = _marker(out), trials(out)
+    with contextlib.suppress(OSError):
+        marker.write_text(str(deaths + 1))
+    try:
+        yield deaths
+    finally:
+        with contextlib.suppress(OSError):
+            marker.unlink(missing_ok=True)
+
+
+def trials(out: Path) -> int:
+    """How many starts died in `counted_trial`."""
+    try:
+        return int(_marker(out).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _marker(out: Path) -> Path:
+    return out.with_name(f".{out.name}.trials")
 
 
 def _set_aside(path: Path) -> Path:

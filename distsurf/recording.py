@@ -49,6 +49,8 @@ class PatientRecorder:
         self._patience, self._clock = patience, clock
         self._refused_since: float | None = None
         self.trouble = ""
+        self.saved: Path | None = None
+        """Where everything is, if the file did not take it."""
         self.begin, self.withdraw = file.begin, file.withdraw
         self.record, self.record_failure = file.record, file.record_failure
         self.differing: Callable[[Points, Values], Points] = file.differing
@@ -83,7 +85,7 @@ class PatientRecorder:
                 f"memory, and for {duration(self._patience)} writing is tried again"
             )
         elif self._is_over:
-            self._stop(f"a disk that took nothing for {duration(self._patience)}")
+            self._stop(f"a file that could not be written for {duration(self._patience)}")
 
     @property
     def _is_over(self) -> bool:
@@ -98,9 +100,9 @@ class PatientRecorder:
         count = self._file.unwritten
         if not count:
             return ""
-        saved = self._file.rescue(self._file.read(), _other_folders(self._file.path or Path()))
+        self.saved = saved = self._file.rescue(self._file.read(), _other_folders(self._file.path or Path()))
         where = (
-            f"with all others they are in {saved}, which can take the file's place"
+            f"with all others they are in {saved}; move that to {self._file.path} and the same call continues it"
             if saved
             else "they are lost, since no other folder took them either"
         )
@@ -149,6 +151,8 @@ def evaluate_missing(
     def conclude(keep_waiting: Callable[[], None]) -> Outcome:
         unwritten = recorder.finish(stop, keep_waiting)
         surface = file.read()
+        if unwritten:
+            surface.path = recorder.saved
         evaluated = surface.count(Status.EVALUATED) - before
         seconds = time.monotonic() - start
         if evaluated > 0:
@@ -174,6 +178,7 @@ def evaluate_missing(
             patience=patience,
             on_progress=shown,
             say=say,
+            on_leaving=stop.ask,
             prepare_thread=prepare_thread,
             shard_seconds=shard_seconds,
             commit_seconds=commit_seconds,
@@ -214,5 +219,6 @@ def _what_is_missing(surface: Surface, reason: str, unwritten: str) -> str:
         parts.append(f"stopped by {reason}")
     if unwritten:
         parts.append(unwritten)
+        return "; ".join(parts)
     kept = "the same call continues it" if surface.path else "the exception's .surface has them"
     return f"{'; '.join(parts)}. {f'{surface.path} is saved, ' if surface.path else ''}{kept}"

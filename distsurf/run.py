@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from distsurf.agree import agree_on_recipe
 from distsurf.assemble import Live, Say
 from distsurf.distribute.parcel import distribute
 from distsurf.distribute.placement import Placement, place
-from distsurf.distribute.ranks import Ranks, connected
+from distsurf.distribute.ranks import EXIT_ABORTED, Ranks, connected, end_now
 from distsurf.distribute.signals import StopRequest
 from distsurf.distribute.work import Patience, Pulse, follow
 from distsurf.errors import Incomplete, InputError
@@ -186,9 +187,11 @@ def run(
         shared = distribute(ranks, prepared)
         del prepared  # on rank 0 the originals: from here on the copy that all ranks share is used
         placement.apply()
-        with StopRequest() as stop, contextlib.ExitStack() as stack:
-            pulse = Pulse(stop)
-            with ranks.together():
+        stop = StopRequest()
+        pulse = Pulse(stop)
+        trying = partial(_watched, ranks, pulse, job.run.silence)
+        with contextlib.ExitStack() as stack:
+            with ranks.together(), trying():
                 evaluator = stack.enter_context(
                     ModelEvaluator(
                         model,
@@ -210,7 +213,7 @@ def run(
                     "its kernels are not deterministic; values will depend on the order of evaluation",
                     stacklevel=2,
                 )
-            recipe = agree_on_recipe(ranks, job, evaluator, out, fresh, say)
+            recipe = agree_on_recipe(ranks, job, evaluator, out, fresh, say, trying)
             file = None
             # A step of its own: the others must not ask for work before there is somewhere to record it.
             with ranks.together():
@@ -235,28 +238,44 @@ def run(
                         open_output(out, fresh, evaluator.columns, about, grid, now, say)
                     )
             patience = Patience(job.run.silence)
-            if file is not None:
-                outcome = evaluate_missing(
-                    ranks,
-                    evaluator,
-                    file,
-                    stop,
-                    pulse,
-                    sum(split.samples for split in shared.splits),
-                    patience=patience,
-                    disk_patience=job.run.disk_patience,
-                    progress=progress,
-                    say=say,
-                    prepare_thread=placement.apply,
-                )
-            else:
-                outcome = follow(ranks, evaluator, grid, pulse, patience)
+            with stop:  # before, there is nothing to save: a signal ends all at once
+                if file is not None:
+                    outcome = evaluate_missing(
+                        ranks,
+                        evaluator,
+                        file,
+                        stop,
+                        pulse,
+                        sum(split.samples for split in shared.splits),
+                        patience=patience,
+                        disk_patience=job.run.disk_patience,
+                        progress=progress,
+                        say=say,
+                        prepare_thread=placement.apply,
+                    )
+                else:
+                    outcome = follow(ranks, evaluator, grid, pulse, patience)
             if not ranks.lost:
                 outcome = ranks.broadcast(outcome)
     outcome.surface.is_writer = ranks.rank == 0
     if outcome.missing:
         raise Incomplete(outcome.missing, outcome.surface)
     return outcome.surface
+
+
+def _watched(ranks: Ranks, pulse: Pulse, silence: float) -> contextlib.AbstractContextManager[None]:
+    """While the model is tried, before the evaluation: other ranks must not wait for one that hangs in it for ever."""
+
+    def give_up() -> None:
+        print(
+            f"distsurf: rank {ranks.rank} on {ranks.hosts[ranks.rank]}: no sign of life for {silence:g} s "
+            "(run.silence) while the model was tried at the origin and the corners of the grid; "
+            "--plain leaves the corners out",
+            file=sys.stderr,
+        )
+        end_now(EXIT_ABORTED)
+
+    return pulse.watched(silence, give_up) if ranks.size > 1 else contextlib.nullcontext()
 
 
 def _require_same(told: list[str], complaint: str) -> None:

@@ -65,7 +65,7 @@ def test_fingerprint_is_canonical() -> None:
     ("override", "words"),
     [
         ("gird.x=1", ["unknown key gird", "did you mean 'grid'?"]),
-        ("grid.w=0:1:2", ["unknown key grid.w", "There is x, y, z"]),
+        ("grid.w=0:1:2", ["unknown key grid.w", "there is x, y, z"]),
         ("model.checkpiont=a", ["unknown key model.checkpiont", "did you mean 'checkpoint'?"]),
         ("run.fast=warp", ["run.fast.0 = 'warp'", "expected 'fold'"]),
         ("run.precision=fp8", ["run.precision = 'fp8'", "expected 'fp32', 'fp64', 'tf32', 'bf16' or 'fp16'"]),

@@ -43,7 +43,7 @@ def test_bar_shows_what_was_there_before() -> None:
     ("seconds", "text"),
     [
         (0.4, "0 s"),
-        (59.6, "1 min 0 s"),
+        (59.6, "1 min"),
         (200, "3 min 20 s"),
         (7500, "2 h 5 min"),
         (float("inf"), "unknown time"),

@@ -13,7 +13,7 @@ import pickle
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distsurf.distribute.launcher import MPICH_RUN, OPENMPI_RUN, SRUN, launched
 from distsurf.distribute.signals import killed_by_signals
 from distsurf.errors import DistsurfError, Incomplete, InputError
 
-OPENMPI_RUN, MPICH_RUN, SRUN = "Open MPI's mpirun", "MPICH's mpirun", "srun"
 TEXT_BYTES = 1024
 CHUNK = 1 << 30  # MPI counts are 32-bit ints
 ALIGNMENT = 64
@@ -113,12 +113,16 @@ class Ranks:
     @contextmanager
     def together(self) -> Iterator[None]:
         """A step that every rank takes: where it fails on one, the same error is raised on all, and none waits."""
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             yield
-        except Exception as error:
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # code of the user's that exits must not end one rank in silence
             failure = error
-        told = "" if failure is None else f"{getattr(failure, 'exit_code', 1)} {in_words(failure)}"
+        code = failure.exit_code if isinstance(failure, DistsurfError) else DistsurfError.exit_code
+        told = "" if failure is None else f"{code} {in_words(failure)}"
         answers = self.gather(told)
         if isinstance(failure, DistsurfError):
             raise failure
@@ -126,14 +130,14 @@ class Ranks:
             raise DistsurfError(in_words(failure)) from failure
         for rank, answer in enumerate(answers):
             if answer:
-                code, text = answer.split(" ", 1)
+                number, text = answer.split(" ", 1)
                 # Rank 0's errors are about the job; others' are about that rank, and rank 0 is who tells the user.
                 told_elsewhere = DistsurfError(text if rank == 0 else f"rank {rank}: {text}")
-                told_elsewhere.exit_code = int(code)
+                told_elsewhere.exit_code = int(number)
                 raise told_elsewhere
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: BaseException) -> str:
     """An error as the user of another rank is told of it."""
     if isinstance(error, DistsurfError):
         return str(error)
@@ -325,20 +329,6 @@ def _shared_memory_has(size: int) -> bool:
     except OSError:
         return True
     return room.f_bavail * room.f_frsize > 1.05 * size + (16 << 20)
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, str] | None:
-    """How a launcher started this process: (rank, size, launcher), or None for a process on its own."""
-    for launcher, rank, size in (
-        (OPENMPI_RUN, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        (MPICH_RUN, "PMI_RANK", "PMI_SIZE"),
-        (SRUN, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ):
-        if rank in environment and size in environment:
-            if launcher == MPICH_RUN and "MPI_LOCALNRANKS" not in environment:
-                launcher = SRUN  # its pmi2 sets PMI_RANK and PMI_SIZE too, but not this one
-            return int(environment[rank]), int(environment[size]), launcher
-    return None
 
 
 def connect() -> Ranks:

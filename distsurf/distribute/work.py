@@ -13,8 +13,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,11 +75,32 @@ class Pulse:
         self._beat: Callable[[], None] = lambda: None
         self._seconds = float("inf")
         self._next = float("inf")
+        self._asked_at = 0.0
 
     def every(self, seconds: float, beat: Callable[[], None]) -> None:
         """Have ``beat`` called whenever the evaluator asks and so many seconds have gone."""
         self._seconds, self._beat = seconds, beat
         self._next = time.monotonic() + seconds
+
+    @contextmanager
+    def watched(self, seconds: float, on_silence: Callable[[], None]) -> Iterator[None]:
+        """In a ``with`` block call ``on_silence``, from another thread, once nobody has asked for so many seconds."""
+        self._asked_at = time.monotonic()
+        is_over = threading.Event()
+
+        def watch() -> None:
+            while not is_over.wait(min(seconds / 5, 1.0)):
+                if time.monotonic() - self._asked_at > seconds:
+                    on_silence()
+                    return
+
+        thread = threading.Thread(target=watch, name="distsurf-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def is_asked(self) -> bool:
         """Whether to stop, asked by somebody who is not evaluating."""
@@ -87,7 +108,7 @@ class Pulse:
 
     def __call__(self) -> bool:
         """Whether the evaluator is to stop."""
-        now = time.monotonic()
+        now = self._asked_at = time.monotonic()
         if now >= self._next:
             self._next = now + self._seconds
             self._beat()
@@ -170,7 +191,11 @@ def evaluate_shard(
                 )
         except Stopped:
             break
-        except (Exception, SystemExit) as error:  # a model that exits fails like any other
+        except (
+            Exception,
+            SystemExit,
+            KeyboardInterrupt,
+        ) as error:  # the model's own: signals only set a flag here
             if len(group) == 1:
                 failures.append((int(group[0]), _in_one_line(error)))
             else:
@@ -329,6 +354,7 @@ def lead(
     patience: Patience | None = None,
     on_progress: Callable[[int, int], None] = lambda done, failed: None,
     say: Callable[[str], None] = lambda line: None,
+    on_leaving: Callable[[str], None] = lambda why: None,
     prepare_thread: Callable[[], None] = lambda: None,
     commit_seconds: float = 1.0,
     shard_seconds: float = 1.0,
@@ -338,7 +364,8 @@ def lead(
     ``conclude`` is called when everything is evaluated and committed, and its result is returned; while it waits for
     something it calls what it is given, so that the others know that rank 0 is alive. ``prepare_thread`` runs in the
     evaluating thread first (thread counts and devices are settings of a thread). ``on_progress`` is told how many
-    points were recorded and how many given up, ``say`` gets lines for the user. ``attempts``: see `Coordinator`.
+    points were recorded and how many given up, ``say`` gets lines for the user, ``on_leaving`` why a rank stops all.
+    ``attempts``: see `Coordinator`.
     """
     patience = patience or Patience()
     own = _OwnWorker(evaluator, grid, stop, prepare_thread)
@@ -352,7 +379,7 @@ def lead(
         silence=patience.silence,
         now=time.monotonic(),
     )
-    crew = _Crew(ranks, coordinator, own, recorder, patience, say)
+    crew = _Crew(ranks, coordinator, own, recorder, patience, say, on_leaving)
     commits = _Commits(recorder, commit_seconds)
     pause, next_round = Pause(first=5e-4), 0.0
     failure: DistsurfError | None = None
@@ -411,8 +438,10 @@ class _Crew:
         recorder: Recorder,
         patience: Patience,
         say: Callable[[str], None],
+        on_leaving: Callable[[str], None],
     ):
         self.recorded = 0
+        self._on_leaving = on_leaving
         self._ranks, self._coordinator, self._own = ranks, coordinator, own
         self._recorder, self._patience, self._say = recorder, patience, say
         self._leaving: set[int] = set()
@@ -447,6 +476,7 @@ class _Crew:
                 self._recorder.record_failure(point, self._coordinator.failed[point])
         if message.is_leaving:
             self._coordinator.stop()
+            self._on_leaving(f"a signal to {self._name(worker)}")
         returned = self._coordinator.request(worker)
         if returned:
             self._recorder.withdraw(np.array(returned))
@@ -502,7 +532,10 @@ class _Crew:
             self._lose(worker, f"no sign of life for {self._patience.silence:g} s")
 
     def _lose(self, worker: int, why: str, is_reachable: bool = False) -> None:
-        self._say(f"{self._name(worker)} is done without: {why}; others evaluate its points")
+        if self._ranks.size > 1:
+            self._say(f"{self._name(worker)} is done without: {why}; others evaluate its points")
+        else:
+            self._say(f"the evaluation is given up: {why}")
         self._leaving.discard(worker)
         self._lost[worker] = "" if is_reachable else why
         for point in self._coordinator.lose(worker, self._signed(worker, why)):

@@ -257,7 +257,7 @@ class ModelEvaluator:
             precision=precision,
             recomputation=recomputation,
         )
-        return running, batches
+        return running, _Asking(batches, self._stop)
 
     def _put_to_work(self, network: Network) -> None:
         self._take_from_work()
@@ -386,6 +386,19 @@ class ModelEvaluator:
         with np.errstate(divide="ignore", invalid="ignore"):
             values = fetched[: len(sums)] / fetched[len(sums) :]
         return np.asarray(values.reshape(len(sums), -1).T[: len(group)])
+
+
+class _Asking(list[tuple[str, Any]]):
+    """Batches of a sample that ask, like those of an evaluation, before each of them: it shows that all is alive."""
+
+    def __init__(self, batches: list[tuple[str, Any]], ask: Callable[[], bool]):
+        super().__init__(batches)
+        self._ask = ask
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for batch in super().__iter__():
+            self._ask()
+            yield batch
 
 
 def _total(parts: list[Any], device: torch.device) -> torch.Tensor:

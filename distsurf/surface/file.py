@@ -437,7 +437,7 @@ def _new_file(path: Path, grid: Grid, columns: Sequence[Column], *, may_exist: b
             free = shutil.disk_usage(path.parent).free
             if needed > free:
                 raise InputError(
-                    f"{path} would take {needed / 1e9:.3g} GB, its disk has {free / 1e9:.3g} GB left"
+                    f"{path} would take {needed / 1e6:,.3g} MB, its disk has {free / 1e6:,.3g} MB left"
                 )
             with contextlib.closing(Disk(temporary, write=True)) as storage:
                 yield storage

@@ -224,7 +224,7 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         os.close(descriptor)
         ended = Job(path).end()
         assert ended.code == 1, (ended.out, ended.err)
-        assert "its disk has 0 GB left" in ended.err
+        assert "its disk has 0 MB left" in ended.err
         assert os.listdir(folder) == ["filler"]
         filler.unlink()
         complete(path)

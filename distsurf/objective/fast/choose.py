@@ -64,7 +64,7 @@ def choose(
     """
     precisions = [PRECISIONS["fp32"], at.precision] if at.precision.is_reduced else [at.precision]
 
-    def tries(precision: Precision) -> list[Reading | Exception]:
+    def tries(precision: Precision) -> list[Reading | BaseException]:
         running, batches = put(plain, precision)
         with running:
             return read_each(running, points, batches, seed)
@@ -75,7 +75,7 @@ def choose(
     expected = [[one for i in passable if isinstance(one := each[i], Reading)] for each in tried]
     points = points[passable]
     if not passable:
-        first = next(error for each in tried for error in each if isinstance(error, Exception))
+        first = next(error for each in tried for error in each if isinstance(error, BaseException))
         why = f"at the origin and at every corner of the grid the model raises {in_one_line(first)[:160]}"
         return Choice(plain, (), dict.fromkeys(wanted if wanted is not None else STEPS, why), [], None)
 

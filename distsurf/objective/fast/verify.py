@@ -77,13 +77,13 @@ def read(running: Running, points: NDArray[np.float64], batches: Batches, seed: 
 
 def read_each(
     running: Running, points: NDArray[np.float64], batches: Batches, seed: int
-) -> list[Reading | Exception]:
+) -> list[Reading | BaseException]:
     """The same point by point: the error at a point that fails."""
-    found: list[Reading | Exception] = []
+    found: list[Reading | BaseException] = []
     for point in points:
         try:
             found += read(running, point[None], batches, seed)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             found.append(error)
     return found
 
