@@ -340,8 +340,12 @@ def test_model_that_writes_to_its_input_is_refused_and_the_data_is_whole() -> No
         distsurf.evaluate(WritesToInput(4), (x, y), x="0:1:3", progress="none")
 
 
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_exit_inside_the_model_is_no_hang(error: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(SystemExit, "unexpected SystemExit on [^:]* "), (KeyboardInterrupt, "^$")],
+    ids=["exit", "interrupt"],
+)
+def test_exit_inside_the_model_is_no_hang(error: type[BaseException], raised: str) -> None:
     calls = []
 
     def leave(model: nn.Module, batch: Any) -> dict[str, Any]:
@@ -352,10 +356,12 @@ def test_exit_inside_the_model_is_no_hang(error: type[BaseException]) -> None:
 
     model = nn.Linear(3, 2)
     before = model.weight.data_ptr()
-    with pytest.raises(error):
+    expected = distsurf.DistsurfError if error is SystemExit else error
+    with pytest.raises(expected, match=raised) as caught:
         distsurf.evaluate(
             model, (torch.zeros(4, 3), torch.zeros(4)), objective=leave, x="0:1:5", progress="none"
         )
+    assert error in (type(caught.value), type(caught.value.__cause__))
     assert model.weight.data_ptr() == before
 
 

@@ -116,10 +116,7 @@ class Ranks:
         failure: BaseException | None = None
         try:
             yield
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # code of the user's that exits must not end one rank in silence
+        except (Exception, SystemExit) as error:  # the user's code that exits must not end a rank in silence
             failure = error
         code = failure.exit_code if isinstance(failure, DistsurfError) else DistsurfError.exit_code
         told = "" if failure is None else f"{code} {in_words(failure)}"
@@ -141,7 +138,8 @@ def in_words(error: BaseException) -> str:
     """An error as the user of another rank is told of it."""
     if isinstance(error, DistsurfError):
         return str(error)
-    return f"unexpected {type(error).__name__} on {socket.gethostname()}: {error} (--debug shows where)"
+    words = f": {error}" if str(error) else ""
+    return f"unexpected {type(error).__name__} on {socket.gethostname()}{words} (--debug shows where)"
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:

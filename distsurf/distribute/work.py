@@ -191,11 +191,7 @@ def evaluate_shard(
                 )
         except Stopped:
             break
-        except (
-            Exception,
-            SystemExit,
-            KeyboardInterrupt,
-        ) as error:  # the model's own: signals only set a flag here
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the model's own: a signal sets a flag
             if len(group) == 1:
                 failures.append((int(group[0]), _in_one_line(error)))
             else:

@@ -462,7 +462,7 @@ distsurf.evaluate(net(), data() if rank == 0 else None, **options)
     ("mistake", "words"),
     [
         ("script", "RuntimeError: the user's own"),
-        ("exit", "SystemExit leaving"),
+        ("exit", "rank 2: unexpected SystemExit on"),
         ("input", "InputError: no loss"),
         ("differ", "rank 1 was given another job"),
         ("model", "rank 1 has another model"),
