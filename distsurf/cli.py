@@ -101,10 +101,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.ranks:
         return _launch(_job(options.job, options.set), options)
     with connected() as ranks, interrupted_by_signals():
-        # Only now: a rank that cannot read the job must be able to tell the others.
-        with ranks.together():
-            job = _job(options.job, options.set)
         try:
+            # Only now: a rank that cannot read the job must be able to tell the others.
+            with ranks.together():
+                job = _job(options.job, options.set)
             code = _run_on(ranks, job, options)
         except DistsurfError as error:
             if not ranks.lost:

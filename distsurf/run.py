@@ -169,6 +169,7 @@ def run(
     grid = job.grid.grid()
     with ranks.together():
         _require_same(ranks.gather(job.fingerprint), "was given another job")
+        ranks.expect_signs(job.run.silence)
         assemble.check_names(job)
         if ranks.rank == 0 and out is not None:
             require_writable(out)

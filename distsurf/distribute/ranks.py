@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distsurf.distribute.heartbeat import Heartbeat
 from distsurf.distribute.launcher import MPICH_RUN, OPENMPI_RUN, SRUN, launched
 from distsurf.distribute.signals import killed_by_signals
 from distsurf.errors import DistsurfError, Incomplete, InputError
@@ -71,6 +72,9 @@ class Ranks:
 
     def __init__(self) -> None:
         self.hosts = [socket.gethostname()]
+
+    def expect_signs(self, silence: float) -> None:
+        """Together: for how many seconds a rank may give no sign of life outside the evaluation."""
 
     def dead(self) -> set[int]:
         """Ranks of which MPI knows that they have died (Open MPI's ULFM; others do not tell)."""
@@ -157,6 +161,7 @@ class MPIRanks(Ranks):
         self._mpi = MPI
         self.rank: int = world.rank
         self.size: int = world.size
+        self._heartbeat: Heartbeat | None = None
         # Making communicators blocks, and a script may bring its ranks here hours apart: they meet asleep first.
         self._wait(world.Ibarrier())
         self._comm = world.Dup()
@@ -169,20 +174,45 @@ class MPIRanks(Ranks):
         self._dead: set[int] = set()
         # Ranks that die are an answer here, not the end of the job; where MPI ends it all the same, nothing is lost.
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self._pulse = self._comm.Dup()
+        self._pulse.Set_errhandler(MPI.ERRORS_RETURN)
+        # All ranks have the same library; a script that has started MPI by itself may have asked it for less.
+        if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            self._heartbeat = Heartbeat(self._pulse)
+        atexit.register(self._stop_heartbeat)
+        self.hosts = ["?"] * self.size
         self.hosts = self.gather(socket.gethostname())
 
     def _wait(self, request: Any) -> None:
-        """Sleep until a collective is through. Raises Incomplete after `TOGETHER_SECONDS`."""
+        """Sleep until a collective is through. Raises Incomplete if a rank is lost, or after `TOGETHER_SECONDS`."""
         pause = Pause()
         end = time.monotonic() + TOGETHER_SECONDS
         while not request.Test():
+            if self._heartbeat is not None and (missing := self._heartbeat.missing()) is not None:
+                self._give_up(
+                    f"no sign of life of rank {missing} on {self.hosts[missing]} for {self._heartbeat.silence:g} s "
+                    "(run.silence): its process has died, is stopped, or is in a call that holds all of Python"
+                )
             if time.monotonic() > end:
-                self.lost = frozenset(range(self.size)) - {self.rank}
-                raise Incomplete(
-                    f"rank {self.rank} on {socket.gethostname()}: the other ranks have not come to a common step for "
-                    f"{TOGETHER_SECONDS / 3600:g} h; what was recorded is in the file, and the same command continues"
+                self._give_up(
+                    f"the other ranks have not come to a common step for {TOGETHER_SECONDS / 3600:g} h"
                 )
             pause()
+
+    def _give_up(self, why: str) -> NoReturn:
+        self.lost = frozenset(range(self.size)) - {self.rank}
+        raise Incomplete(
+            f"rank {self.rank} on {socket.gethostname()}: {why}; what was recorded is in the file, and the same "
+            "command continues"
+        )
+
+    def expect_signs(self, silence: float) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.expect(silence)
+
+    def _stop_heartbeat(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
 
     def gather(self, text: str) -> list[str]:
         mine = np.zeros(TEXT_BYTES, np.uint8)
@@ -276,23 +306,28 @@ class MPIRanks(Ranks):
         self._dead |= {rank for rank in failed if rank >= 0}
 
     def close(self) -> None:
+        self._stop_heartbeat()
+        atexit.unregister(self._stop_heartbeat)
         if self.lost:
             self._part()
             return
-        barrier = self._comm.Ibarrier()
+        barrier = None
         pause = Pause()
         # Whoever is early sleeps here, rather than spinning in a blocking free or finalize; messages that nobody
         # waits for any more (after an error) are taken in, so that their senders can leave.
         end = time.monotonic() + CLOSING_SECONDS
-        while not (barrier.Test() and all(self._is_done(request) for request in self._sent)):
+        while barrier is None or not barrier.Test():
             if time.monotonic() > end:  # somebody died on the way out
                 self._part()
                 return
             self.receive()
+            is_quiet = self._heartbeat is None or self._heartbeat.is_quiet()
+            if barrier is None and is_quiet and all(self._is_done(request) for request in self._sent):
+                barrier = self._comm.Ibarrier()
             pause()
         for window in self._windows:
             window.Free()
-        for comm in (self._node, self._leaders, self._comm):
+        for comm in (self._node, self._leaders, self._pulse, self._comm):
             if comm != self._mpi.COMM_NULL:
                 comm.Free()
 
@@ -409,8 +444,11 @@ class _EndAll:
         self._show, self._world = show, world
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, DistsurfError) and self._world.rank != 0:
+        is_left_alone = isinstance(error, Incomplete) and error.surface is None
+        if issubclass(kind, DistsurfError) and self._world.rank != 0 and not is_left_alone:
             return
         self._show(kind, error, trace)
         sys.stderr.flush()
+        if is_left_alone:  # as the others are, who tell the same
+            return
         self._world.Abort(getattr(error, "exit_code", 1))

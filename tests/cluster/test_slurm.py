@@ -69,6 +69,19 @@ def test_a_lost_coordinator_ends_the_others(slurm: Slurm, tmp_path: Path) -> Non
     complete(path)
 
 
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_dies_before_the_evaluation_ends_the_others(
+    slurm: Slurm, tmp_path: Path, victim: int
+) -> None:
+    options = {"sick": [victim], "silence": 2}
+    for _ in range(3):  # see `_started`
+        ended = Job(tmp_path / "s.h5", "stillborn", launcher=SRUN, env=slurm.environment, **options).end()
+        if "invalid client request" not in ended.err:
+            break
+    assert ended.code != 0
+    assert ended.err.count(f"no sign of life of rank {victim} on ") == 3, ended.err
+
+
 def test_the_wrong_flag_is_named(slurm: Slurm, tmp_path: Path) -> None:
     wrong = ("srun", "-n", 2, "--mpi=none")
     ended = Job(tmp_path / "s.h5", launcher=wrong, env=slurm.environment).end()

@@ -2,8 +2,9 @@
 
     mpirun -n 3 python -m tests.faults.runner FILE.h5 KIND [key=value …]
 
-KIND says how the evaluator misbehaves: "good", "raise", "exit", "die", "hang", "allocate", "uneven". The value of a
-point is known in closed form (`value`), so that any file can be compared with the truth bit for bit.
+KIND says how the evaluator misbehaves: "good", "raise", "exit", "die", "hang", "allocate", "uneven"; with "stillborn" a
+rank dies before the evaluation. The value of a point is known in closed form (`value`): any file can be compared
+with the truth bit for bit.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ def main() -> int:
     code = 0
     try:
         with connected() as ranks:
+            ranks.expect_signs(float(options.get("silence", 60)))
+            if kind == "stillborn" and ranks.rank in options["sick"]:
+                os.kill(os.getpid(), signal.SIGKILL)
             with StopRequest() as stop:
                 pulse = Pulse(stop)
                 evaluator = Misbehaving(kind, ranks.rank, pulse, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from torch import nn
 
 def net():
     torch.manual_seed(0)
+    if "SETUP" in os.environ and os.environ["PMI_RANK"] == os.environ["VICTIM"]:
+        os.kill(os.getpid(), int(os.environ["SETUP"]))
+    if "LATE" in os.environ and os.environ["PMI_RANK"] == "1":
+        time.sleep(float(os.environ["LATE"]))
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 22 * 22, 3))
 
 def data(n=300):
@@ -150,6 +155,25 @@ def test_workers_say_that_rank_0_is_silent(job: Processes) -> None:
     os.kill(rank_0, signal.SIGSTOP)
     ended = job.end(process, timeout=60)
     assert "has not answered for 2 s" in ended.err, (ended.out, ended.err)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_stops_before_the_evaluation(job: Processes, victim: int) -> None:
+    """The others do not wait for it as long as they would for one that trains."""
+    env = {"SETUP": str(int(signal.SIGSTOP)), "VICTIM": str(victim)}
+    process = job.start(*job.command(3), *RUN, "--out", "l.h5", "--set", "run.silence=2", env=env)
+    ended = job.end(process, timeout=60)
+    assert ended.code != 0
+    assert f"no sign of life of rank {victim} on {socket.gethostname()} for 2 s (run.silence)" in ended.err
+    assert not (job.folder / "l.h5").exists()
+
+
+def test_a_rank_that_is_slow_before_the_evaluation_is_waited_for(job: Processes) -> None:
+    """Three times longer than a rank may be silent: its process shows that it is there."""
+    ended = job.end(
+        job.start(*job.command(3), *RUN, "--out", "w.h5", "--set", "run.silence=2", env={"LATE": "6"})
+    )
+    assert ended.code == 0, (ended.out, ended.err)
 
 
 def _ranks(folder: Path) -> list[int]:
