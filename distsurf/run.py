@@ -239,7 +239,8 @@ def run(
                         open_output(out, fresh, evaluator.columns, about, grid, now, say)
                     )
             patience = Patience(job.run.silence)
-            with stop:  # before, there is nothing to save: a signal ends all at once
+            # Before, there is nothing to save: a signal ends all at once.
+            with stop, ranks.without_heartbeat():
                 if file is not None:
                     outcome = evaluate_missing(
                         ranks,

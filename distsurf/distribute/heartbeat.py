@@ -3,7 +3,9 @@
 A rank that dies while it loads data ends the job under most launchers, but not under all: `srun` may let the others go
 on, and they would wait in the next common step for as long as training may take. So a thread of every rank tells rank 0
 that its process is there, and rank 0's thread tells every rank, with the name of one that is silent. That vouches for
-processes, not for what they do: how an evaluation goes on is asked by `distsurf.distribute.work`.
+processes, not for what they do: how an evaluation goes on is asked by `distsurf.distribute.work`, which goes on without
+lost ranks, and for that time nothing is sent here. MPI may end a process that sends to a dead one on another node
+(MPICH over UCX does): so there is one sign at a time, and rank 0 sends only in answer.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class Heartbeat:
         self.silence = silence
         self._comm, self._clock = comm, clock
         self._peers = range(1, comm.size) if comm.rank == 0 else range(1)
-        self._sent: list[Any] = []
-        self._wake, self._is_over = threading.Event(), False
+        self._sent: dict[int, Any] = {}
+        self._wake, self._is_over, self._is_resting = threading.Event(), False, False
         self._start_over(silence)
         self._thread = threading.Thread(target=self._run, name="distsurf-heartbeat", daemon=True)
         self._thread.start()
@@ -38,6 +40,15 @@ class Heartbeat:
         """Change, on all ranks at about the same time, how many seconds a rank may be silent."""
         self._start_over(silence)
         self._wake.set()
+
+    def rest(self) -> None:
+        """Send nothing and miss nobody until `resume`; on all ranks at about the same time."""
+        self._is_resting = True
+
+    def resume(self) -> None:
+        """Give signs again, and expect them."""
+        self._start_over(self.silence)
+        self._is_resting = False
 
     def missing(self) -> int | None:
         """A rank that has been silent for too long; one that is only late, or back by now, is not."""
@@ -60,6 +71,7 @@ class Heartbeat:
         now = self._clock()
         self.silence = silence
         self._heard = dict.fromkeys(self._peers, now)
+        self._unanswered: set[int] = set()
         self._told = NOBODY
         self._lost = NOBODY, now
 
@@ -77,22 +89,29 @@ class Heartbeat:
                 self._start_over(self.silence)
             last = now
             self._hear()
-            self._judge(now)
-            for peer in self._peers:
-                with suppress(Exception):  # it is gone: its silence will tell
-                    # A synchronous send, so that no sign is left over when the communicator is given back.
-                    self._sent.append(self._comm.Issend(np.array([self._lost[0]], np.int32), peer))
+            if not self._is_resting:
+                self._judge(now)
+                self._give_signs()
             self._wake.wait(self._interval)
             self._wake.clear()
 
+    def _give_signs(self) -> None:
+        due = self._unanswered if self._comm.rank == 0 else set(self._peers)
+        self._unanswered = due & self._sent.keys()
+        for peer in due - self._sent.keys():
+            with suppress(Exception):  # it is gone: its silence will tell
+                # A synchronous send, so that no sign is left over when the communicator is given back.
+                self._sent[peer] = self._comm.Issend(np.array([self._lost[0]], np.int32), peer)
+
     def _hear(self) -> None:
-        self._sent = [request for request in self._sent if not _is_done(request)]
+        self._sent = {peer: request for peer, request in self._sent.items() if not _is_done(request)}
         told = np.empty(1, np.int32)
         for peer in self._peers:  # not any source: that fails for all where MPI knows of one's death
             with suppress(Exception):
                 while self._comm.Iprobe(source=peer):
                     self._comm.Recv(told, source=peer)
                     self._heard[peer] = self._clock()
+                    self._unanswered.add(peer)
                     self._told = int(told[0]) if peer == 0 else NOBODY
 
     def _judge(self, now: float) -> None:

@@ -76,6 +76,11 @@ class Ranks:
     def expect_signs(self, silence: float) -> None:
         """Together: for how many seconds a rank may give no sign of life outside the evaluation."""
 
+    @contextmanager
+    def without_heartbeat(self) -> Iterator[None]:
+        """Together: for the time of a ``with`` block ranks give and get their signs of life by messages."""
+        yield
+
     def dead(self) -> set[int]:
         """Ranks of which MPI knows that they have died (Open MPI's ULFM; others do not tell)."""
         return set()
@@ -209,6 +214,18 @@ class MPIRanks(Ranks):
     def expect_signs(self, silence: float) -> None:
         if self._heartbeat is not None:
             self._heartbeat.expect(silence)
+
+    @contextmanager
+    def without_heartbeat(self) -> Iterator[None]:
+        if self._heartbeat is None:
+            yield
+            return
+        self._heartbeat.rest()
+        try:
+            yield
+        finally:
+            if not self.lost:
+                self._heartbeat.resume()
 
     def _stop_heartbeat(self) -> None:
         if self._heartbeat is not None:

@@ -16,12 +16,19 @@ SILENCE = 0.5
 
 
 class Network:
-    """Messages on their way, by (source, destination); those of unreachable ranks are lost, or raise."""
+    """Messages on their way, by (source, destination); those of silent ranks are held, those to dead ones raise."""
 
     def __init__(self) -> None:
         self.lines: dict[tuple[int, int], deque[NDArray[np.int32]]] = defaultdict(deque)
         self.silent: set[int] = set()
         self.dead: set[int] = set()
+        self.held: list[tuple[deque[NDArray[np.int32]], NDArray[np.int32]]] = []
+
+    def let_speak(self) -> None:
+        self.silent.clear()
+        for line, message in self.held:
+            line.append(message)
+        self.held = []
 
 
 class Comm:
@@ -34,10 +41,12 @@ class Comm:
         if rank in self._network.dead:
             raise RuntimeError("MPI_ERR_PROC_FAILED")
         line = self._network.lines[self.rank, rank]
+        request = Request(self._network, line, message)
         if self.rank in self._network.silent:
-            return Request(deque(), message, never=True)
-        line.append(message)
-        return Request(line, message)
+            self._network.held.append((line, message))
+        else:
+            line.append(message)
+        return request
 
     def Iprobe(self, source: int) -> bool:
         return bool(self._network.lines[source, self.rank])
@@ -49,11 +58,12 @@ class Comm:
 class Request:
     """A synchronous send: done when it was taken in."""
 
-    def __init__(self, line: deque[NDArray[np.int32]], message: NDArray[np.int32], never: bool = False):
-        self._line, self._message, self._never = line, message, never
+    def __init__(self, network: Network, line: deque[NDArray[np.int32]], message: NDArray[np.int32]):
+        self._network, self._line, self._message = network, line, message
 
     def Test(self) -> bool:
-        return not self._never and not any(message is self._message for message in self._line)
+        held = [message for _, message in self._network.held]
+        return not any(message is self._message for message in [*self._line, *held])
 
 
 class Clock:
@@ -94,7 +104,7 @@ def _until(condition: Callable[[], bool]) -> None:
 def test_everybody_hears_of_a_silent_rank_and_of_its_return(network: Network, ranks: list[Heartbeat]) -> None:
     network.silent.add(2)
     _until(lambda: [ranks[0].missing(), ranks[1].missing()] == [2, 2])
-    network.silent.clear()
+    network.let_speak()
     _until(lambda: [rank.missing() for rank in ranks] == [None] * 3)
 
 
@@ -117,6 +127,18 @@ def test_processes_that_were_stopped_together_are_not_lost(ranks: list[Heartbeat
         clock.ahead += 1000 * SILENCE
         time.sleep(SILENCE / 5)
         assert [rank.missing() for rank in ranks] == [None] * 3
+
+
+def test_resting_ranks_miss_nobody(network: Network, ranks: list[Heartbeat]) -> None:
+    for rank in ranks:
+        rank.rest()
+    network.silent.add(2)
+    time.sleep(3 * SILENCE)
+    assert not any(network.lines.values())
+    assert [rank.missing() for rank in ranks] == [None] * 3
+    for rank in ranks:
+        rank.resume()
+    _until(lambda: [ranks[0].missing(), ranks[1].missing()] == [2, 2])
 
 
 def test_nothing_is_left_on_the_way_at_the_end(network: Network, ranks: list[Heartbeat]) -> None:

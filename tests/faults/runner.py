@@ -106,9 +106,10 @@ def main() -> int:
                         about = {"fingerprint": FINGERPRINT, "job": "", "facts": {}}
                         file = open_output(path, False, COLUMNS, about, GRID, {}, say)
                 if file is None:
-                    outcome = follow(ranks, evaluator, GRID, pulse, patience)
+                    with ranks.without_heartbeat():
+                        outcome = follow(ranks, evaluator, GRID, pulse, patience)
                 else:
-                    with file:
+                    with file, ranks.without_heartbeat():
                         outcome = evaluate_missing(
                             ranks, evaluator, file, stop, pulse, 1, patience=patience, say=say,
                             disk_patience=float(options.get("disk_patience", 600)),
