@@ -6,8 +6,8 @@
 3. Memory format: residual networks with folded batch norm on images of several sizes, in channels-last with fused
    kernels against as they come, one core, in alternation.
 4. Two cores: the same surface by 8 ranks and by 2 ranks, in alternation, from the first point to the last.
-5. Coordination: shards of one point each per second, by the coordinator's logic alone, and by 8 ranks under mpirun
-   with an evaluator that sleeps.
+5. Coordination: shards of one point each per second, by the coordinator's logic alone; what rank 0 does for each with
+   messages and file, hot and without MPI; and by 8 ranks under mpirun with an evaluator that sleeps.
 6. Forecast: what `distsurf plan` says against the wall time of the job.
 
 How fast larger networks are evaluated, against other ways and the machine's limits: `distsurf bench`.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import pickle
 import platform
 import statistics
 import subprocess
@@ -39,12 +40,17 @@ import torch.nn.functional as F
 from distsurf import assemble
 from distsurf.distribute.coordinator import Coordinator, FullPlan, Shard
 from distsurf.distribute.placement import Placement
+from distsurf.distribute.ranks import Ranks
+from distsurf.distribute.work import Crew, Patience, Report
+from distsurf.evaluator import Column
+from distsurf.grid import Grid
 from distsurf.job import Job
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.fast import steps
 from distsurf.objective.fast.verify import sampled_points
 from distsurf.objective.recipe import Recipe
 from distsurf.run import prepare
+from distsurf.surface import SurfaceFile
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
 
@@ -226,6 +232,50 @@ def coordinator_alone(workers: int, shards: int = 100_000) -> float:
     return shards / (time.perf_counter() - start)
 
 
+class PickledMessages(Ranks):
+    """Seven other ranks, whose messages are pickled and kept here."""
+
+    size = 8
+
+    def __init__(self) -> None:
+        self.hosts = [""] * self.size
+        self.outbox: list[tuple[int, bytes]] = []
+
+    def send(self, rank: int, message: Any) -> None:
+        self.outbox.append((rank, pickle.dumps(message)))
+
+
+def microseconds_per_shard(folder: Path) -> float:
+    """What rank 0 does for a shard of one point: unpickle the report, record it, choose, note and pickle the next."""
+    ranks, grid, columns = (
+        PickledMessages(),
+        Grid.parse({"x": "-1:1:201", "y": "-1:1:201"}),
+        (Column("loss"),),
+    )
+    coordinator = Coordinator(FullPlan(grid.coarse_to_fine()), grid.size, ranks.size, shard_seconds=0)
+    path = folder / "alone.h5"
+    path.unlink(missing_ok=True)
+    spent = 0.0
+    with SurfaceFile.create(path, grid, columns) as file:
+        crew = Crew(ranks, coordinator, mock.Mock(), file, Patience(), print, print)
+        nothing = np.empty(0, np.int64)
+        for worker in range(1, ranks.size):
+            crew.take(worker, Report(nothing, np.empty((0, 1)), np.empty(0), []))
+        crew.answer()
+        while ranks.outbox:
+            sent, ranks.outbox = ranks.outbox, []
+            for worker, message in sent:
+                shard = pickle.loads(message)
+                if isinstance(shard, Shard):
+                    report = pickle.dumps(Report(shard.points, np.ones((1, 1)), np.ones(1), []))
+                    start = time.perf_counter()
+                    crew.take(worker, pickle.loads(report))
+                    crew.answer()
+                    spent += time.perf_counter() - start
+        assert crew.recorded == grid.size
+    return 1e6 * spent / grid.size
+
+
 SLEEPING = """
 import sys, time
 from distsurf.distribute.ranks import connect
@@ -303,6 +353,9 @@ def main() -> None:
         result["shards_per_second"] = {
             "logic alone, 8 workers": coordinator_alone(8),
             "logic alone, 4000 workers": coordinator_alone(4000),
+            "microseconds of rank 0 per shard, without MPI": [
+                microseconds_per_shard(folder) for _ in range(1 if quick else 3)
+            ],
             "mpirun -n 8, sleeping 0.1 ms (and rank 0's share of a core)": [
                 coordinator_under_mpirun(folder, 8, 1e-4) for _ in range(1 if quick else 3)
             ],

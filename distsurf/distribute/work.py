@@ -375,7 +375,7 @@ def lead(
         silence=patience.silence,
         now=time.monotonic(),
     )
-    crew = _Crew(ranks, coordinator, own, recorder, patience, say, on_leaving)
+    crew = Crew(ranks, coordinator, own, recorder, patience, say, on_leaving)
     commits = _Commits(recorder, commit_seconds)
     pause, next_round = Pause(first=5e-4), 0.0
     failure: DistsurfError | None = None
@@ -423,7 +423,7 @@ def call_off(ranks: Ranks, error: DistsurfError) -> None:
         ranks.send(worker, Farewell((str(error), error.exit_code), (), None))
 
 
-class _Crew:
+class Crew:
     """Rank 0's view of the ranks while they work: who is there, who has left, who is lost."""
 
     def __init__(
