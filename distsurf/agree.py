@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import socket
 from collections.abc import Callable, Collection
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from distsurf.distribute.ranks import Ranks
 from distsurf.errors import InputError
+from distsurf.files import replacing
 from distsurf.job import Job
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.fast.steps import STEPS
@@ -22,6 +24,7 @@ from distsurf.objective.fast.verify import sampled_points
 from distsurf.objective.precision import PRECISIONS
 from distsurf.objective.recipe import DEFAULT_BATCH, Recipe
 from distsurf.output import counted_trial, recorded
+from distsurf.shards import ArrayShard
 
 MOST_TRIALS = 2
 """So many starts may die while the fast path is verified, which evaluates corners of the grid that may be deadly."""
@@ -38,12 +41,16 @@ def agree_on_recipe(
     fresh: bool,
     say: Callable[[str], None],
     trying: Callable[[], AbstractContextManager[None]] = nullcontext,
+    *,
+    shard: ArrayShard | None = None,
+    agreement: Path | None = None,
 ) -> Recipe:
     """Have every rank's evaluator use the same steps of the fast path and the same batch size.
 
     A file that is continued decides both, as far as its steps still hold here; ``data.batch_size`` decides the size.
     Otherwise rank 0 goes through the steps and all ranks measure the batch size at once, as they will compute. Whatever
-    evaluates does it while ``trying``. Where earlier starts died of it, all is left plain.
+    evaluates does it while ``trying``. Where earlier starts died of it, all is left plain. Shards of one surface, which
+    begin at the same time, agree by the file ``agreement``: the first that is there decides.
     """
     grid = job.grid.grid()
     points = sampled_points(grid)
@@ -54,7 +61,9 @@ def agree_on_recipe(
     with ranks.together():
         if ranks.rank == 0:
             before, missing = recorded(out, fresh)
-            passes = (grid.size if missing is None else missing) / ranks.size
+            before = before or _read(agreement)
+            size = grid.size if shard is None else len(shard.points(grid))
+            passes = (size if missing is None else missing) / ranks.size
             if before is not None:
                 recipe = replace(before, batch_size=job.data.batch_size or before.batch_size)
             if passes > 0:
@@ -77,7 +86,41 @@ def agree_on_recipe(
         with ranks.together(), trying():
             size = evaluator.tune(passes)
         recipe = evaluator.recipe = replace(recipe, batch_size=ranks.broadcast(size))
+    if is_new and agreement is not None:
+        is_first = False
+        with ranks.together():
+            if ranks.rank == 0:
+                is_first = _publish(agreement, recipe)
+        if not ranks.broadcast(is_first):
+            say("another shard has begun meanwhile; this one evaluates as that does")
+            return agree_on_recipe(
+                ranks, job, evaluator, out, fresh, say, trying, shard=shard, agreement=agreement
+            )
     return recipe
+
+
+def _read(agreement: Path | None) -> Recipe | None:
+    """What another shard has agreed on, if one has."""
+    if agreement is None or not agreement.exists():
+        return None
+    try:
+        return Recipe.recorded(json.loads(agreement.read_text()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{agreement}, by which shards agree on how they evaluate, cannot be read: {error}; remove it"
+        ) from error
+
+
+def _publish(agreement: Path, recipe: Recipe) -> bool:
+    """Whether this was the first shard to say how it evaluates."""
+    try:
+        with replacing(agreement, may_exist=False) as temporary:
+            temporary.write_text(json.dumps(recipe.told(), indent=1) + "\n")
+    except InputError:
+        if agreement.exists():
+            return False
+        raise
+    return True
 
 
 def _require_same_steps(asked: Collection[str] | None, before: Recipe | None, out: Path | None) -> None:

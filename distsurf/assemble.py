@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,9 @@ def _train(
         raise InputError("[train] needs a split that is one pair of tensors (images, labels)")
     if path.suffix != ".safetensors":
         raise InputError(f"[train] keeps weights in a .safetensors file; model.checkpoint is {path}")
-    with replacing(path) as temporary:  # before the work, to learn now whether the folder can be written
+    # Opened before the work, to learn now whether the folder can be written. Shards of one job that begin together
+    # train each by itself, and all go on with the weights of the first.
+    with _unless_there(path, say), replacing(path, may_exist=False) as temporary:
         say(f"training {job.model.factory} for {wish.epochs} epochs on {split.samples:,} samples, once")
         model.load_state_dict(build_model(job, None, wish.seed).state_dict())
         model.to(device)
@@ -259,7 +262,17 @@ def _train(
         zoo.train(model, images, labels, **wish.model_dump(exclude={"split"}))
         model.cpu()
         save_model(model, str(temporary), metadata={"recipe": recipe(job)})
-    say(f"kept its weights in {path}")
+    say(f"its weights are in {path}")
+
+
+@contextlib.contextmanager
+def _unless_there(path: Path, say: Say) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        if not path.exists():
+            raise
+        say("another process has trained it meanwhile")
 
 
 def _require_recipe(job: Job, path: Path) -> None:

@@ -26,6 +26,7 @@ from distsurf.options import Verb, parse
 if TYPE_CHECKING:
     from distsurf.distribute.ranks import Ranks
     from distsurf.job import Job
+    from distsurf.shards import ArrayShard
     from distsurf.surface import Surface
 
 PICTURES = {"contour": "contour", "surface": "3d", "curves": "curves", "slices": "slices"}
@@ -99,13 +100,14 @@ def _run(options: argparse.Namespace) -> int:
     if options.restarts and not options.ranks:
         raise InputError("--restarts starts mpirun again: it needs --ranks")
     if options.ranks:
-        return _launch(_job(options.job, options.set), options)
+        return _launch(_job(options.job, options.set), options, _shard(options))
     with connected() as ranks, interrupted_by_signals():
         try:
             # Only now: a rank that cannot read the job must be able to tell the others.
             with ranks.together():
                 job = _job(options.job, options.set)
-            code = _run_on(ranks, job, options)
+                shard = _shard(options)
+            code = _run_on(ranks, job, options, shard)
         except DistsurfError as error:
             if not ranks.lost:
                 raise
@@ -117,7 +119,15 @@ def _run(options: argparse.Namespace) -> int:
         return code
 
 
-def _launch(job: Job, options: argparse.Namespace) -> int:
+def _shard(options: argparse.Namespace) -> ArrayShard | None:
+    """Which part of the job is asked for; an array task does its own without being told. None for all of it."""
+    from distsurf.shards import ArrayShard, shard_of_array_task
+
+    shard = shard_of_array_task() if options.shard is None else ArrayShard.parse(options.shard)
+    return None if shard is None or shard.count == 1 else shard
+
+
+def _launch(job: Job, options: argparse.Namespace, shard: ArrayShard | None) -> int:
     """``--ranks``: start mpirun, which runs the same command on every rank."""
     from distsurf.launch import Launcher, run_again
 
@@ -126,15 +136,17 @@ def _launch(job: Job, options: argparse.Namespace) -> int:
     arguments = [] if options.job is None else [str(options.job)]
     arguments += [] if options.out is None else ["--out", options.out]
     arguments += [part for override in options.set for part in ("--set", override)]
+    arguments += ["--shard", str(shard or "0/1")]
     arguments += ["--progress", options.progress] + ["--no-pictures"] * options.no_pictures
     launcher = Launcher(options.ranks)
+    out = Path(options.out) if options.out else job.path
 
     def start(number: int) -> int:
         return launcher([*arguments, *(["--fresh"] if options.fresh and number == 0 else [])])
 
     return run_again(
         start,
-        Path(options.out) if options.out else job.path,
+        shard.path(out) if shard else out,
         options.restarts,
         is_fresh=options.fresh,
         stopped=lambda: launcher.stopped,
@@ -152,7 +164,7 @@ def _job(path: Path | None, overrides: Sequence[str]) -> Job:
     return Job.load(path, overrides)
 
 
-def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace) -> int:
+def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace, shard: ArrayShard | None) -> int:
     from distsurf.run import run
 
     out = Path(options.out) if options.out else job.path
@@ -165,21 +177,23 @@ def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace) -> int:
 
     code, message = 0, ""
     try:
-        surface = run(job, ranks, out=out, fresh=options.fresh, progress=options.progress, say=say)
+        surface = run(
+            job, ranks, out=out, shard=shard, fresh=options.fresh, progress=options.progress, say=say
+        )
     except Incomplete as error:
         if error.surface is None:  # a rank that was left alone
             raise
         surface, code, message = error.surface, error.exit_code, str(error)
     if ranks.rank == 0:
         made = [surface.path or out]
-        if job.output.pictures and not options.no_pictures:
+        if shard is None and job.output.pictures and not options.no_pictures:
             try:
                 made += _draw(surface, out)
             except (OSError, InputError) as error:  # a full disk, say: the surface is what counts
                 print(
                     f"distsurf: no pictures: {in_one_line(error)}; distsurf plot draws them", file=sys.stderr
                 )
-        _conclude(surface, made)
+        _conclude(surface, made, None if shard is None else out)
         if code:
             print(f"distsurf: {message}", file=sys.stderr)
     # Only one rank speaks for the job: launchers report every exit code but 0 as a crash of its own.
@@ -197,8 +211,8 @@ def _draw(surface: Surface, out: Path) -> list[Path]:
     return paths
 
 
-def _conclude(surface: Surface, made: list[Path]) -> None:
-    """What was made, what it shows, and what to try next."""
+def _conclude(surface: Surface, made: list[Path], whole: Path | None) -> None:
+    """What was made, what it shows, and what to try next; ``whole`` is where a shard belongs."""
     print()
     for line in _facts(surface):
         print(line)
@@ -208,6 +222,9 @@ def _conclude(surface: Surface, made: list[Path]) -> None:
     command, file = _own_command(), shlex.quote(str(made[0]))
     print("\ntry next:")
     print(f"  {command} status {file}")
+    if whole is not None:
+        print(f"  {command} merge {shlex.quote(str(whole))}    (when all shards are done)")
+        return
     if "test_accuracy" in surface.names:
         print(f"  {command} plot {file} --column test_accuracy")
     print(f"  {command} plot {file} -o surface.pdf")
@@ -227,8 +244,13 @@ def _facts(surface: Surface) -> list[str]:
 
     from distsurf.surface import Status
 
-    counts = [f"{surface.count(s):,} {s.name.lower()}" for s in Status if surface.count(s)]
+    told = [s for s in Status if surface.count(s) and not (surface.shard and s == Status.PENDING)]
+    counts = [f"{surface.count(s):,} {s.name.lower()}" for s in told]
     shape = " × ".join(f"{axis.count}" for axis in surface.grid.axes)
+    if surface.shard is not None:
+        shape = f"shard {surface.shard} of {shape}"
+        left = len(surface.missing)
+        counts += [f"{left:,} of {surface.size:,} to go"] if left else []
     lines = [f"{shape} points: {', '.join(counts)}"]
     origin = surface.origin
     width = max(len(name) for name in surface.names)
@@ -312,10 +334,10 @@ def _check(options: argparse.Namespace) -> int:
         file.require_sound()
         surface = file.read()
     done = surface.count(Status.EVALUATED) + surface.count(Status.INTERPOLATED)
-    print(f"{options.file} is sound: {done:,} of {surface.grid.size:,} points have values")
+    which = f" of shard {surface.shard}" if surface.shard else ""
+    print(f"{options.file} is sound: {done:,} of {surface.size:,} points{which} have values")
     if not surface.complete:
-        failed = surface.count(Status.FAILED)
-        print(f"{surface.count(Status.PENDING):,} pending, {failed:,} failed: run the job again to continue")
+        _tell_missing(surface)
         return Incomplete.exit_code
     return 0
 
@@ -331,6 +353,39 @@ def _repair(options: argparse.Namespace) -> int:
     file, new = shlex.quote(str(options.file)), shlex.quote(str(path))
     print(f"to complete it, run the job with --out {new}, or: mv {file} {file}.damaged && mv {new} {file}")
     return DamagedFile.exit_code
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from distsurf.merge import merge
+
+    whole = _job(options.whole, options.set).path if options.whole.suffix == ".toml" else options.whole
+    merged = merge(whole, options.shards)
+    surface = merged.surface
+    done = surface.size - len(surface.missing)
+    what = "from" if merged.is_new else "already all that is in"
+    print(f"{whole} has {done:,} of {surface.size:,} points, {what} {len(merged.sources):,} files")
+    if not surface.complete:
+        _tell_missing(surface)
+        return Incomplete.exit_code
+    if options.remove:
+        for path in merged.sources:
+            if path != whole:
+                path.unlink()
+        print("it is complete and checked; the shards are removed")
+    return 0
+
+
+def _tell_missing(surface: Surface) -> None:
+    """What of a surface is not there, and the shards to send again."""
+    from distsurf.merge import missing_tasks
+    from distsurf.shards import as_array
+    from distsurf.surface import Status
+
+    failed = surface.count(Status.FAILED)
+    print(f"{len(surface.missing) - failed:,} pending, {failed:,} failed: run the job again to continue")
+    tasks = missing_tasks(surface)
+    if tasks:
+        print(f"missing: --array={as_array(tasks)} (of {surface.facts['shards']} shards)")
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -395,6 +450,7 @@ VERBS: dict[str, Verb] = {
     "plot": _plot,
     "status": _status,
     "check": _check,
+    "merge": _merge,
     "bench": _bench,
     "plan": _plan,
 }

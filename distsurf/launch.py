@@ -41,7 +41,7 @@ def state(path: Path) -> State:
     if not path.exists():
         return State(pending=-1, failed=0, progress=trials(path) - NEVER)
     with SurfaceFile.open(path) as file:
-        status = file.status()
+        status = file.status().ravel()[file.points()]
         pending = int(np.count_nonzero(status == Status.PENDING))
         # Attempts count too: a point that kills its process is given up after the third, which is an advance.
         attempts = int(file.attempts().sum(dtype=np.int64))

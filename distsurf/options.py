@@ -82,6 +82,12 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         action="store_true",
         help="evaluate the model as it is, without looking for faster ways to the same values",
     )
+    run.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only every N-th point, from the I-th (0 to N-1) on, into a file of its own; in a SLURM array 0-N each "
+        "task does its shard by itself (0/1: the whole job)",
+    )
     run.add_argument("--ranks", type=_count, default=0, metavar="N", help="start mpirun with N ranks")
     run.add_argument(
         "--restarts",
@@ -122,6 +128,23 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         help="write what can be trusted of a damaged file to a new one; the file itself stays as it is",
     )
     check.add_argument("-o", "--output", type=Path, help="the repaired file (default: NAME.repaired-1.h5)")
+
+    merge = verb(
+        "merge",
+        "Put the files of a job's shards together: exit code 0 complete, 3 with what is missing as --array has it.",
+    )
+    merge.add_argument(
+        "whole", type=Path, metavar="JOB.toml|SURFACE.h5", help="the job, or the file to write"
+    )
+    merge.add_argument(
+        "shards", nargs="*", type=Path, metavar="SHARD.h5", help="default: all that lie beside it"
+    )
+    _add_set(merge)
+    merge.add_argument(
+        "--remove",
+        action="store_true",
+        help="remove the shards once the surface is complete and has been checked",
+    )
 
     bench = verb(
         "bench",

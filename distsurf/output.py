@@ -14,6 +14,7 @@ from distsurf.evaluator import Column
 from distsurf.files import free_name, replacing
 from distsurf.grid import Grid
 from distsurf.objective.recipe import DEFAULT_BATCH, Recipe
+from distsurf.shards import ArrayShard, shard_in
 from distsurf.surface import Status, SurfaceFile
 from distsurf.surface.claim import require_unclaimed
 
@@ -34,6 +35,7 @@ def open_output(
         file = SurfaceFile.open(out, write=True)
         try:
             file.require(about["fingerprint"])
+            _require_shard(file, shard_in(about["facts"]))
             file.require_sound(points_only=True)
             names = [[column.name for column in side] for side in (file.columns, columns)]
             if names[0] != names[1]:
@@ -47,7 +49,7 @@ def open_output(
             for key, value in now.items()
             if then.get(key, value) != value
         ]
-        if changed and np.any(file.status() == Status.PENDING):
+        if changed and np.any(file.status().ravel()[file.points()] == Status.PENDING):
             say(
                 f"note: the file was begun under other conditions ({'; '.join(changed)}); last digits may differ"
             )
@@ -60,6 +62,15 @@ def open_output(
     return SurfaceFile.create(out, grid, columns, **about)
 
 
+def _require_shard(file: SurfaceFile, shard: ArrayShard | None) -> None:
+    if file.shard != shard:
+        there, here = (f"shard {one}" if one else "the whole surface" for one in (file.shard, shard))
+        raise InputError(
+            f"{file.path} is for {there} of this job, and {here} was asked for; "
+            + (f"give --shard {file.shard}, or another --out" if file.shard else "choose another --out")
+        )
+
+
 def recorded(out: Path | None, fresh: bool) -> tuple[Recipe | None, int | None]:
     """How the points of the file that will be continued were evaluated, and how many it misses; (None, None) if none.
 
@@ -68,7 +79,8 @@ def recorded(out: Path | None, fresh: bool) -> tuple[Recipe | None, int | None]:
     if out is None or fresh or not out.exists():
         return None, None
     with SurfaceFile.open(out) as file:
-        missing = int(np.isin(file.status(), (Status.PENDING, Status.FAILED)).sum())
+        status = file.status().ravel()[file.points()]
+        missing = int(np.isin(status, (Status.PENDING, Status.FAILED)).sum())
         told = file.facts.get("evaluation")
         if told is not None:
             try:

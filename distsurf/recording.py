@@ -146,7 +146,7 @@ def evaluate_missing(
         call_off(ranks, told)
         raise told from error
     start = time.monotonic()
-    shown = Progress(file.grid.size, before, samples, mode=progress)
+    shown = Progress(len(file.points()), before, samples, mode=progress)
 
     def conclude(keep_waiting: Callable[[], None]) -> Outcome:
         unwritten = recorder.finish(stop, keep_waiting)
@@ -198,19 +198,19 @@ def _what_to_do(file: SurfaceFile, say: Callable[[str], None]) -> tuple[int, Poi
             point,
             f"its process died {attempts[point]} times while it was evaluated; the same command tries it again",
         )
-    order = file.grid.coarse_to_fine()
+    order = file.points()
     missing = order[~(done | deadly)[order]]
     begun = np.flatnonzero((attempts > 0) & ~(done | deadly))
     before = int(done.sum())
     if before or deadly.any():
         left = f"{len(missing):,} to go" if len(missing) else "nothing to do"
-        say(f"{file.path} has {before:,} of {file.grid.size:,} points; {left}")
+        say(f"{file.path} has {before:,} of {len(order):,} points; {left}")
     return before, missing, {point: int(attempts[point]) for point in begun.tolist()}
 
 
 def _what_is_missing(surface: Surface, reason: str, unwritten: str) -> str:
     done, failed = surface.count(Status.EVALUATED), surface.count(Status.FAILED)
-    parts = [f"{done:,} of {surface.grid.size:,} points evaluated"]
+    parts = [f"{done:,} of {surface.size:,} points evaluated"]
     if failed:
         point, why = next(iter(surface.failures.items()), (-1, "unknown"))
         where = ", ".join(f"{c:g}" for c in surface.grid.coordinates_of(point)) if point >= 0 else "?"

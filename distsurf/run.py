@@ -40,6 +40,7 @@ from distsurf.output import open_output, require_writable
 from distsurf.progress import Mode
 from distsurf.provenance import describe_callable
 from distsurf.recording import evaluate_missing
+from distsurf.shards import ArrayShard
 from distsurf.subspace import Layout, Subspace, Tensors, normalize, orthogonalize, random_direction
 from distsurf.subspace.weights import batch_norm_statistics
 from distsurf.surface import Surface
@@ -156,19 +157,27 @@ def run(
     *,
     live: Live | None = None,
     out: Path | None,
+    shard: ArrayShard | None = None,
     fresh: bool = False,
     progress: Mode = "auto",
     say: Say = _say_nothing,
 ) -> Surface:
     """Evaluate a job's surface on these ranks and return it on every rank.
 
-    Results go to the file ``out``, which is continued if it is there; None keeps them in memory. ``say`` gets lines
-    for the user, on rank 0. Raises InputError, and Incomplete if some points got no value; both on every rank.
+    Results go to the file ``out``, which is continued if it is there; None keeps them in memory. With a ``shard`` only
+    its points are evaluated, into the shard's own file beside ``out``. ``say`` gets lines for the user, on rank 0.
+    Raises InputError, and Incomplete if some points got no value; both on every rank.
     """
     say = say if ranks.rank == 0 else _say_nothing
     grid = job.grid.grid()
+    agreement = None
+    if shard is not None and out is not None:
+        if shard.count > grid.size:
+            raise InputError(f"shard {shard}: the grid has {grid.size:,} points only")
+        agreement = out.with_name(f"{out.stem}.shards-{job.fingerprint[:12]}.json")
+        out = shard.path(out)
     with ranks.together():
-        _require_same(ranks.gather(job.fingerprint), "was given another job")
+        _require_same(ranks.gather(f"{job.fingerprint} {shard}"), "was given another job")
         ranks.expect_signs(job.run.silence)
         assemble.check_names(job)
         if ranks.rank == 0 and out is not None:
@@ -214,7 +223,9 @@ def run(
                     "its kernels are not deterministic; values will depend on the order of evaluation",
                     stacklevel=2,
                 )
-            recipe = agree_on_recipe(ranks, job, evaluator, out, fresh, say, trying)
+            recipe = agree_on_recipe(
+                ranks, job, evaluator, out, fresh, say, trying, shard=shard, agreement=agreement
+            )
             file = None
             # A step of its own: the others must not ask for work before there is somewhere to record it.
             with ranks.together():
@@ -232,7 +243,8 @@ def run(
                             batch_size=recipe.batch_size,
                             statistics=shared.statistics,
                         ),
-                        "facts": provenance.facts(job, placement, recipe, shared.subspace, shared.splits),
+                        "facts": provenance.facts(job, placement, recipe, shared.subspace, shared.splits)
+                        | ({} if shard is None else {"shard": str(shard)}),
                     }
                     now = provenance.conditions(placement, recipe)
                     file = stack.enter_context(

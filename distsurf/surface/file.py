@@ -30,6 +30,7 @@ from distsurf.errors import DamagedFile, InputError
 from distsurf.evaluator import Column
 from distsurf.files import free_name, replacing
 from distsurf.grid import Grid
+from distsurf.shards import ArrayShard, shard_in
 from distsurf.surface.claim import Claim
 from distsurf.surface.layout import Layout, bytes_needed, lay_out, read_layout
 from distsurf.surface.records import PAGE_BYTES, Points, Problem, Records, Values
@@ -316,6 +317,15 @@ class SurfaceFile:
         """The job as TOML text."""
         return self._layout.job
 
+    @property
+    def shard(self) -> ArrayShard | None:
+        """The shard whose points this file is for; None for all points."""
+        return shard_in(self._layout.facts)
+
+    def points(self) -> Points:
+        """Indices of the points that are to have values, coarse-to-fine."""
+        return self.grid.coarse_to_fine() if self.shard is None else self.shard.points(self.grid)
+
     def status(self) -> NDArray[np.uint8]:
         """Status of every point in the file, of the grid's shape."""
         return self._records.array("status").reshape(self.grid.shape)
@@ -371,17 +381,21 @@ class SurfaceFile:
 
     def require(self, fingerprint: Mapping[str, str]) -> None:
         """Raise InputError, naming the fields that differ, unless this file was made by the same job."""
+        differing = self.difference(fingerprint)
+        if differing:
+            raise InputError(
+                f"{self.path} is the surface of another job; what differs: {differing}. "
+                "Choose another output with --out, or start anew with --fresh (the old file is kept beside it)"
+            )
+
+    def difference(self, fingerprint: Mapping[str, str]) -> str:
+        """In words what this file's values depend on otherwise than those of a job; empty for the same job."""
         mine = self.fingerprint
-        differing = [
+        return "; ".join(
             f"{name} (file {mine.get(name, 'none')}, this job {fingerprint.get(name, 'none')})"
             for name in sorted(mine.keys() | fingerprint.keys())
             if mine.get(name) != fingerprint.get(name)
-        ]
-        if differing:
-            raise InputError(
-                f"{self.path} is the surface of another job; what differs: {'; '.join(differing)}. "
-                "Choose another output with --out, or start anew with --fresh (the old file is kept beside it)"
-            )
+        )
 
     def problems(self) -> list[Problem]:
         """Contradictions within the file; empty if it is sound."""

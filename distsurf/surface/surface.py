@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from distsurf.errors import InputError
 from distsurf.evaluator import Column
 from distsurf.grid import Grid
+from distsurf.shards import ArrayShard, shard_in
 
 if TYPE_CHECKING:
     import xarray
@@ -100,9 +101,25 @@ class Surface:
         return int(np.count_nonzero(self.status == status))
 
     @property
+    def shard(self) -> ArrayShard | None:
+        """The shard whose points these are; None for all points."""
+        return shard_in(self.facts)
+
+    @property
+    def size(self) -> int:
+        """Number of points that are to have values: those of the grid, or of the shard."""
+        return self.grid.size if self.shard is None else len(self.shard.points(self.grid))
+
+    @property
+    def missing(self) -> NDArray[np.int64]:
+        """Indices, coarse-to-fine, of the points that are to have values and have none."""
+        points = self.grid.coarse_to_fine() if self.shard is None else self.shard.points(self.grid)
+        return points[~np.isin(self.status.ravel()[points], (Status.EVALUATED, Status.INTERPOLATED))]
+
+    @property
     def complete(self) -> bool:
-        """Whether every point has a value, evaluated or interpolated."""
-        return self.count(Status.EVALUATED) + self.count(Status.INTERPOLATED) == self.status.size
+        """Whether every point that is to have a value has one, evaluated or interpolated."""
+        return len(self.missing) == 0
 
     def minimum(self, name: str = "loss") -> tuple[float, tuple[float, ...]] | None:
         """Smallest finite value of a column and its coordinates (x, y, …); None where nothing is finite."""

@@ -2,9 +2,10 @@
 
     python -m tests.faults.chaos --rounds 1000 [--seed 0]        (make chaos)
 
-A round is one surface: its job is started, struck, and started again until it is complete. Prints a table of the blows:
-how many there were, how many files they damaged, how many recorded points were lost, how many points were evaluated
-again, and the longest times until the job had ended after a blow and until it was complete after its last start.
+A round is one surface: its job is started, struck, and started again until it is complete; in every fifth round it is
+cut into shards, and merged, and the merges are struck. Prints a table of the blows: how many there were, how many files
+they damaged, how many recorded points were lost, how many points were evaluated again, and the longest times until the
+job had ended after a blow and until it was complete after its last start.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distsurf.errors import DistsurfError
+from distsurf.shards import ArrayShard
 from distsurf.surface import Status, SurfaceFile
 from distsurf.surface.repair import repair
 from tests.faults.job import Job, evaluated, require_truth
@@ -32,6 +35,9 @@ RANKS = 3
 VICTIMS = (*(f"rank {rank}" for rank in range(RANKS)), "launcher", "everything")
 MOST_BLOWS = 4
 """In a round."""
+SHARDS = 3
+SHARE_OF_ARRAYS = 0.2
+"""Of the rounds."""
 
 
 @dataclass
@@ -64,6 +70,65 @@ class Chaos:
 
     def round(self, number: int) -> None:
         """One surface, from nothing to complete. Raises AssertionError for anything that must not be."""
+        if self._random.random() < SHARE_OF_ARRAYS:
+            self._array(number)
+        else:
+            self._one_job(number)
+        for file in self._folder.glob(f"{number}.*"):
+            file.unlink()
+
+    def _array(self, number: int) -> None:
+        """A surface of three shards, merged while they are evaluated; the merges are struck, and every third shard."""
+        whole = self._folder / f"{number}.h5"
+        shards = [ArrayShard(index, SHARDS) for index in range(SHARDS)]
+        done = 0
+        while done < SHARDS:
+            path = shards[done].path(whole)
+            job = Job(path, ranks=2, seconds=0.003, silence=1.5, commit_seconds=0.02, shard=str(shards[done]))
+            if self._random.random() < 0.3:
+                job.wait_for_points(self._random.randrange(GRID.size // SHARDS))
+                job.strike(self._random.choice(["rank 0", "rank 1", "everything"]), signal.SIGKILL)
+            if self._random.random() < 0.7:
+                job.wait_for(path.exists)
+                self._strike_merge(whole)
+            done += job.end().code == 0
+        for _ in range(2):
+            self._strike_merge(whole)
+        ended = subprocess.run(_merge_command(whole), capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 0, (ended.stdout, ended.stderr)
+        assert require_truth(whole).complete
+
+    def _strike_merge(self, whole: Path) -> None:
+        kind = self._random.choice(["KILL", "TERM", "STOP, CONT", "full disk"])
+        tally = self.tallies[f"merge, {kind}"]
+        before = evaluated(whole)
+        merge = subprocess.Popen(
+            _merge_command(whole),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        if kind == "full disk":
+            resource.prlimit(
+                merge.pid, resource.RLIMIT_FSIZE, (self._random.randrange(20_000), resource.RLIM_INFINITY)
+            )
+        time.sleep(self._random.uniform(0.05, 0.3))  # much of that is its start-up
+        tally.blows += merge.poll() is None
+        struck = time.monotonic()
+        if kind == "STOP, CONT":
+            merge.send_signal(signal.SIGSTOP)
+            time.sleep(self._random.random())
+            merge.send_signal(signal.SIGCONT)
+        elif kind != "full disk":
+            merge.send_signal(getattr(signal, f"SIG{kind}"))
+        _, err = merge.communicate(timeout=60)
+        tally.slowest_end = max(tally.slowest_end, time.monotonic() - struck)
+        assert "Traceback" not in err, err
+        if whole.exists():
+            tally.lost += max(0, before - require_truth(whole).count(Status.EVALUATED))
+
+    def _one_job(self, number: int) -> None:
         path, log = self._folder / f"{number}.h5", self._folder / f"{number}.log"
         options = {
             "seconds": 0.006,
@@ -107,8 +172,6 @@ class Chaos:
         last = self.tallies[kinds[-1]]
         last.slowest_completion = max(last.slowest_completion, time.monotonic() - start)
         last.again += log.stat().st_size - GRID.size
-        for file in self._folder.glob(f"{number}.*"):
-            file.unlink()
 
     def _signal(self, job: Job, victim: str, blow: signal.Signals) -> None:
         job.strike(victim, blow)
@@ -155,11 +218,9 @@ class Chaos:
 
     def table(self) -> list[str]:
         """The tallies, a line each."""
-        header = (
-            "blow         blows  damaged files  lost points  evaluated again  slowest end  slowest completion"
-        )
+        header = "blow              blows  damaged files  lost points  evaluated again  slowest end  slowest completion"
         rows = [
-            f"{kind:12} {t.blows:5}  {t.damaged:13}  {t.lost:11}  {t.again:15}  "
+            f"{kind:17} {t.blows:5}  {t.damaged:13}  {t.lost:11}  {t.again:15}  "
             f"{t.slowest_end:9.1f} s  {t.slowest_completion:16.1f} s"
             for kind, t in sorted(self.tallies.items())
         ]
@@ -168,6 +229,10 @@ class Chaos:
             *rows,
             f"mpirun stayed when all its ranks were gone: {self.launchers_that_stayed} times",
         ]
+
+
+def _merge_command(whole: Path) -> list[str]:
+    return [sys.executable, "-m", "distsurf", "merge", str(whole)]
 
 
 def main() -> int:

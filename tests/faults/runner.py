@@ -103,7 +103,8 @@ def main() -> int:
                 file = None
                 with ranks.together():
                     if ranks.rank == 0:
-                        about = {"fingerprint": FINGERPRINT, "job": "", "facts": {}}
+                        facts = {"shard": options["shard"]} if "shard" in options else {}
+                        about = {"fingerprint": FINGERPRINT, "job": "", "facts": facts}
                         file = open_output(path, False, COLUMNS, about, GRID, {}, say)
                 if file is None:
                     with ranks.without_heartbeat():
