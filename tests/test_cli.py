@@ -13,7 +13,7 @@ from torch import nn
 
 from distsurf.cli import main
 from distsurf.grid import Grid
-from distsurf.surface import Column, Surface, SurfaceFile
+from distsurf.surface import Column, Status, Surface, SurfaceFile
 from tests.conftest import Processes
 
 MY_CODE = """
@@ -278,3 +278,43 @@ def test_help_fits_one_screen(processes: Processes) -> None:
 def test_importing_is_light(processes: Processes, module: str, absent: list[str]) -> None:
     code = f"import {module}, sys; print([m for m in {absent} if m in sys.modules])"
     assert processes.python("-c", code).out.strip() == "[]"
+
+
+def test_shards_begun_at_once_make_the_whole_surface(folder: Path, processes: Processes) -> None:
+    """They find out together how to evaluate, batch size included, and train once."""
+    job = JOB.replace('checkpoint = "net.pt"', 'checkpoint = "new.safetensors"') + "[train]\nepochs = 1\n"
+    (folder / "mine.toml").write_text(job)
+    run = ("-m", "distsurf", "run", "mine.toml", "--no-pictures", "--set", "run.threads=1")
+    started = [processes.start(*processes.command(0), *run, "--shard", f"{i}/3") for i in range(3)]
+    for process in started:
+        ended = processes.end(process)
+        assert ended.code == 0, ended.err
+        assert "shard " in ended.out
+    assert processes.python("-m", "distsurf", "merge", "mine.toml").code == 0
+    assert processes.python(*run, "--out", "one.h5").code == 0
+    merged, one = Surface.load(folder / "runs/mine/surface.h5"), Surface.load(folder / "one.h5")
+    assert merged.complete
+    assert merged.fingerprint == one.fingerprint
+    for name in one.names:
+        assert merged[name].tobytes() == one[name].tobytes()
+
+
+def test_array_tasks_are_shards_by_themselves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, number in {"ID": 1, "COUNT": 4, "MIN": 0, "MAX": 3}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(number))
+    assert main(["run", "mine.toml", "--no-pictures"]) == 0
+    shard = folder / "runs/mine/surface.shard-1-of-4.h5"
+    surface = Surface.load(shard)
+    assert surface.complete
+    assert surface.size == surface.count(Status.EVALUATED) == 4
+    assert main(["check", str(shard)]) == 0
+    assert "4 of 4 points of shard 1/4 have values" in capsys.readouterr().out
+    assert main(["run", "mine.toml", "--no-pictures", "--out", str(shard), "--shard", "0/1"]) == 1
+    assert "is for shard 1/4 of this job, and the whole surface was asked for" in capsys.readouterr().err
+    assert main(["run", "mine.toml", "--shard", "15/16"]) == 1
+    assert "shard 15/16: the grid has 15 points only" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")
+    assert main(["run", "mine.toml"]) == 1
+    assert "give --shard 1/N with the N of the whole array" in capsys.readouterr().err
