@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from distsurf.distribute.launcher import launched
 from distsurf.distribute.signals import interrupted_by_signals, killed_by_signals
+from distsurf.distribute.slurm import SlurmJob
 from distsurf.errors import DamagedFile, DistsurfError, Incomplete, InputError, in_one_line
 from distsurf.options import Verb, parse
 
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from distsurf.distribute.ranks import Ranks
     from distsurf.job import Job
     from distsurf.shards import ArrayShard
+    from distsurf.submit import Submitted
     from distsurf.surface import Surface
 
+MOST_SHOWN = 40
+"""Shards that ``status`` lists."""
 PICTURES = {"contour": "contour", "surface": "3d", "curves": "curves", "slices": "slices"}
 """What a picture's file is called after, by kind."""
 
@@ -97,10 +101,13 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.plain:
         options.set.append("run.fast=false")
-    if options.restarts and not options.ranks:
-        raise InputError("--restarts starts mpirun again: it needs --ranks")
-    if options.ranks:
-        return _launch(_job(options.job, options.set), options, _shard(options))
+    if options.fresh and (here := SlurmJob.here()) is not None and here.restarts:
+        # A requeued job starts its script from the beginning: what it has computed before is not old.
+        print(f"distsurf: job {here.name} was requeued: it goes on, without --fresh", file=sys.stderr)
+        options.fresh = False
+    under = _launcher(options)
+    if under is not None:
+        return _launch(_job(options.job, options.set), options, _shard(options), under)
     with connected() as ranks, interrupted_by_signals():
         try:
             # Only now: a rank that cannot read the job must be able to tell the others.
@@ -127,31 +134,58 @@ def _shard(options: argparse.Namespace) -> ArrayShard | None:
     return None if shard is None or shard.count == 1 else shard
 
 
-def _launch(job: Job, options: argparse.Namespace, shard: ArrayShard | None) -> int:
-    """``--ranks``: start mpirun, which runs the same command on every rank."""
-    from distsurf.launch import Launcher, run_again
+def _launcher(options: argparse.Namespace) -> list[str] | None:
+    """The command that starts the ranks; empty for one process to be looked after, None for this process itself."""
+    from distsurf.launch import mpirun
 
-    if launched() is not None:
-        raise InputError("--ranks starts mpirun itself, and this is a rank already: leave one of the two out")
+    if options.ranks and options.under is not None:
+        raise InputError("--ranks N is short for --under 'mpirun -n N': leave one of the two out")
+    if launched() is not None and (options.ranks or options.under or options.restarts or options.requeues):
+        raise InputError(
+            "--ranks, --under, --restarts and --requeues start the ranks, and this is a rank already: leave them out"
+        )
+    if options.ranks:
+        return [mpirun(), "-n", str(options.ranks)]
+    if options.under is not None:
+        return shlex.split(options.under)
+    return [] if options.restarts or options.requeues else None
+
+
+def _launch(job: Job, options: argparse.Namespace, shard: ArrayShard | None, under: list[str]) -> int:
+    """``--ranks``, ``--under``, ``--restarts``, ``--requeues``: start the ranks, which run the same command."""
+    from distsurf.launch import Launcher, run_again
+    from distsurf.requeue import Requeues
+
     arguments = [] if options.job is None else [str(options.job)]
     arguments += [] if options.out is None else ["--out", options.out]
     arguments += [part for override in options.set for part in ("--set", override)]
     arguments += ["--shard", str(shard or "0/1")]
     arguments += ["--progress", options.progress] + ["--no-pictures"] * options.no_pictures
-    launcher = Launcher(options.ranks)
+    launcher = Launcher(under)
     out = Path(options.out) if options.out else job.path
+    path = shard.path(out) if shard else out
 
     def start(number: int) -> int:
         return launcher([*arguments, *(["--fresh"] if options.fresh and number == 0 else [])])
 
-    return run_again(
-        start,
-        shard.path(out) if shard else out,
-        options.restarts,
-        is_fresh=options.fresh,
-        stopped=lambda: launcher.stopped,
-        say=lambda line: print(f"distsurf: {line}", file=sys.stderr, flush=True),
-    )
+    def say(line: str) -> None:
+        print(f"distsurf: {line}", file=sys.stderr, flush=True)
+
+    here = SlurmJob.here() if options.requeues else None
+    requeues = None if here is None else Requeues(here, path, options.requeues, say)
+    if requeues is not None:
+        requeues.begin()
+    try:
+        code = run_again(
+            start, path, options.restarts, is_fresh=options.fresh, stopped=lambda: launcher.stopped, say=say
+        )
+    except Incomplete as error:
+        if requeues is None:
+            raise
+        raise Incomplete(f"{error}; {requeues.end(launcher.stopped)}") from error
+    if requeues is not None:
+        requeues.forget()
+    return code
 
 
 def _job(path: Path | None, overrides: Sequence[str]) -> Job:
@@ -165,6 +199,7 @@ def _job(path: Path | None, overrides: Sequence[str]) -> Job:
 
 
 def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace, shard: ArrayShard | None) -> int:
+    from distsurf.launch import leave_stop_note
     from distsurf.run import run
 
     out = Path(options.out) if options.out else job.path
@@ -184,6 +219,8 @@ def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace, shard: ArraySha
         if error.surface is None:  # a rank that was left alone
             raise
         surface, code, message = error.surface, error.exit_code, str(error)
+        if ranks.rank == 0:
+            leave_stop_note(error.stopped)
     if ranks.rank == 0:
         made = [surface.path or out]
         if shard is None and job.output.pictures and not options.no_pictures:
@@ -293,6 +330,8 @@ def _status(options: argparse.Namespace) -> int:
     from distsurf.surface import Surface
     from distsurf.view.points import imprecision_in_words
 
+    if options.file.is_dir():
+        return _status_of_folder(options.file)
     surface = Surface.load(options.file)
     facts = surface.facts
     print(_plain(f"{options.file}: {facts.get('name', 'surface')}, {surface.grid}"))
@@ -315,6 +354,42 @@ def _status(options: argparse.Namespace) -> int:
     for point, reason in list(surface.failures.items())[:5]:
         where = ", ".join(f"{c:g}" for c in surface.grid.coordinates_of(point))
         print(_plain(f"failed at ({where}): {reason}"))
+    return 0
+
+
+def _status_of_folder(folder: Path) -> int:
+    """Every surface in a folder, and how far its shards are."""
+    from distsurf import submit
+    from distsurf.shards import surfaces_in
+    from distsurf.surface import SurfaceFile
+
+    surfaces = surfaces_in(folder)
+    if not surfaces:
+        raise InputError(f"there is no surface file in {folder}, and no shard of one")
+    for whole, shards in surfaces.items():
+        count = max((shard.count for shard in shards.values()), default=0)
+        with SurfaceFile.open(whole if whole.exists() else next(iter(shards))) as file:
+            grid, status = file.grid, file.status()
+        if whole.exists():
+            print(f"{whole}: {int((status % 3 > 0).sum()):,} of {grid.size:,} points")
+        queue = submit.in_queue(whole)
+        sent = [one.shards for one in submit.read_submitted(whole) if one.shards]
+        count = sent[-1] if sent else count
+        if not count:
+            continue
+        states = submit.shard_states(whole, count, grid)
+        done = sum(state.done for state in states)
+        finished = sum(state.done == state.size for state in states)
+        print(f"{count} shards of {whole}: {finished} complete; {done:,} of {grid.size:,} points")
+        shown = [state for state in states if state.done < state.size or state.shard.index in queue]
+        for state in shown[:MOST_SHOWN]:
+            task = queue.get(state.shard.index)
+            what = f"  {task.job}_{task.index} {task.state}" if task else ""
+            why = f" ({task.reason})" if task and task.reason not in ("None", "") else ""
+            trouble = _plain(f"  {state.trouble}") if state.trouble else ""
+            print(f"  {state.shard.index:5}  {state.done:,} of {state.size:,}{what}{why}{trouble}")
+        if len(shown) > MOST_SHOWN:
+            print(f"  … and {len(shown) - MOST_SHOWN} more")
     return 0
 
 
@@ -367,6 +442,11 @@ def _merge(options: argparse.Namespace) -> int:
     if not surface.complete:
         _tell_missing(surface)
         return Incomplete.exit_code
+    if not options.no_pictures:
+        try:
+            print("\n".join(f"made {path}" for path in _draw(surface, whole)))
+        except (OSError, InputError) as error:
+            print(f"distsurf: no pictures: {in_one_line(error)}; distsurf plot draws them", file=sys.stderr)
     if options.remove:
         for path in merged.sources:
             if path != whole:
@@ -386,6 +466,104 @@ def _tell_missing(surface: Surface) -> None:
     tasks = missing_tasks(surface)
     if tasks:
         print(f"missing: --array={as_array(tasks)} (of {surface.facts['shards']} shards)")
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from distsurf import submit
+
+    job = _job(options.job, options.set)
+    whole = Path(options.out) if options.out else job.path
+    if options.missing:
+        return _submit_missing(job, whole, options)
+    shards, at_once = (0, 0) if options.array is None else submit.parse_array(options.array)
+    time = options.time
+    if time is None or not (shards or options.nodes):
+        shards, predicted = _predict(job, shards, at_once, options)
+        time = time or predicted
+    wish = submit.Wish(
+        job=str(options.job),
+        overrides=tuple(options.set),
+        out=options.out,
+        shards=shards,
+        at_once=at_once,
+        nodes=options.nodes or 1,
+        gpus_per_node=options.gpus_per_node,
+        time=time,
+        requeues=options.requeues,
+        options=tuple(options.more),
+        logs=str(submit.folder_of(whole)),
+        folder=os.getcwd(),
+        activate=submit.environment_line(),
+        mpi=submit.mpi_flag(),
+    )
+    if shards > job.grid.grid().size:
+        raise InputError(f"--array {shards}: the grid has {job.grid.grid().size:,} points only")
+    if options.dry_run:
+        for name, text in submit.scripts(wish).items():
+            print(f"# {submit.folder_of(whole) / name}\n{text}")
+        return 0
+    scripts = submit.write_scripts(whole, wish)
+    sent = submit.send(scripts, whole, shards, f"0-{shards - 1}" if shards else "")
+    _tell_submitted(sent, scripts, whole)
+    return 0
+
+
+def _predict(job: Job, shards: int, at_once: int, options: argparse.Namespace) -> tuple[int, str]:
+    """A good number of shards, if none is given, and the walltime to ask for; measured here, which takes a while."""
+    from distsurf import submit
+    from distsurf.bench.compare import with_weights
+    from distsurf.bench.plan import plan
+
+    print("measuring a few points, for a walltime and a number of shards (distsurf plan) …", file=sys.stderr)
+    ranks = options.nodes * (options.gpus_per_node or 1) if options.nodes else 1
+    forecast = plan(with_weights(job), ranks, options.gpus_per_node)
+    if options.nodes:
+        return 0, submit.walltime(forecast.wall_seconds)
+    shards = shards or forecast.shards
+    points = -(-forecast.points // shards) / max(options.gpus_per_node, 1)
+    return shards, submit.walltime(forecast.set_up_seconds + points * forecast.seconds_per_point)
+
+
+def _submit_missing(job: Job, whole: Path, options: argparse.Namespace) -> int:
+    from distsurf import submit
+    from distsurf.shards import as_array
+
+    script = submit.folder_of(whole) / "array.sbatch"
+    sent = [one for one in submit.read_submitted(whole) if one.shards]
+    if not sent or not script.exists():
+        raise InputError(f"no array was submitted for {whole}: submit one with --array N")
+    count = sent[-1].shards
+    merged, missing = submit.still_missing(whole, count)
+    if merged is not None and merged.surface.complete:
+        print(f"{whole} is complete: nothing is missing")
+        return 0
+    queued = submit.in_queue(whole)
+    at_work = [index for index in missing if index in queued and queued[index].is_alive]
+    missing = sorted(set(missing) - set(at_work))
+    if at_work:
+        print(f"still in the queue, and not sent again: {as_array(at_work)}")
+    if not missing:
+        return Incomplete.exit_code
+    array = as_array(missing)
+    print(f"missing: --array={array} (of {count} shards)")
+    if options.dry_run:
+        return 0
+    scripts = [script, script.with_name("merge.sbatch")]
+    told = submit.send(scripts, whole, count, array, [f"--array={array}", *options.more])
+    _tell_submitted(told, scripts, whole)
+    return 0
+
+
+def _tell_submitted(sent: Submitted, scripts: Sequence[Path], whole: Path) -> None:
+    tasks = f", tasks {sent.tasks} of {sent.shards} shards" if sent.shards else ""
+    print(f"job {sent.job}{tasks}: {scripts[0]}")
+    if sent.merge is not None:
+        print(f"job {sent.merge}, after them: {scripts[1]}")
+    command = _own_command()
+    print(f"\nwatch:\n  {command} status {shlex.quote(str(whole.parent))}\n  squeue -j {sent.job}")
+    print(f"  tail -f {shlex.quote(str(scripts[0].parent))}/{sent.job}*.log")
+    if sent.shards:
+        print(f"if shards fail: {command} submit JOB.toml --missing")
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -451,6 +629,7 @@ VERBS: dict[str, Verb] = {
     "status": _status,
     "check": _check,
     "merge": _merge,
+    "submit": _submit,
     "bench": _bench,
     "plan": _plan,
 }

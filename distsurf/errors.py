@@ -18,14 +18,15 @@ class InputError(DistsurfError):
 class Incomplete(DistsurfError):
     """The evaluation ended before every point had a value (stopped, preempted, failed points).
 
-    ``surface`` holds everything that was computed; with an output file the same call continues from it.
+    ``surface`` holds everything that was computed; with an output file the same call continues from it. ``stopped``
+    says who asked to stop (a signal, by its name), if somebody did.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, surface: Any = None):
+    def __init__(self, message: str, surface: Any = None, stopped: str = ""):
         super().__init__(message)
-        self.surface = surface
+        self.surface, self.stopped = surface, stopped
 
 
 class DamagedFile(DistsurfError):

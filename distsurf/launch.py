@@ -1,4 +1,4 @@
-"""Starting mpirun, and starting it again as long as the surface comes on: ``distsurf run --ranks N --restarts K``."""
+"""Starting a launcher, and starting it again as long as the surface comes on: ``run --under COMMAND --restarts K``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,8 @@ from distsurf.errors import Incomplete, InputError
 from distsurf.output import trials
 from distsurf.surface import Status, SurfaceFile
 
+STOP_NOTE = "DISTSURF_STOP_NOTE"
+"""Environment variable with the name of the file for `leave_stop_note`."""
 NEVER = 1000
 """What a start is behind before there is a file; starts that die in its verification come nearer to one without it."""
 ALONE_SECONDS = 10.0
@@ -87,23 +90,41 @@ def run_again(
 
 
 class Launcher:
-    """Runs this program's ``run`` under mpirun. Signals that ask to stop are passed on; a second one ends all."""
+    """Runs this program's ``run`` under a launcher (``mpirun -n 8``, ``srun``), or as one process under none.
 
-    def __init__(self, ranks: int):
-        self._command = [str(_mpirun()), "-n", str(ranks), sys.executable, "-m", "distsurf.run"]
+    Signals that ask to stop are passed on; a second one ends all. A launcher's exit code does not tell whether its
+    ranks were stopped or died: the first rank leaves a note where they were stopped.
+    """
+
+    def __init__(self, under: Sequence[str]):
+        self._command = [*under, sys.executable, "-m", "distsurf.run"]
+        # Every mpirun passes SIGINT on to its ranks. For srun it is a question, and SIGTERM the end.
+        self._passed_on = signal.SIGUSR2 if under and Path(under[0]).name == "srun" else signal.SIGINT
         self._process: subprocess.Popen[bytes] | None = None
         self.stopped = ""
+        """The signal that stopped this process or a rank."""
 
     def __call__(self, arguments: Sequence[str]) -> int:
-        """The exit status of a start."""
+        """The exit status of a start. Raises InputError where the launcher cannot be started."""
         before = {number: signal.signal(number, self._on_signal) for number in ASKING}
         try:
-            # In a session of its own, so that Ctrl-C reaches mpirun through us, once.
-            self._process = subprocess.Popen([*self._command, *arguments], start_new_session=True)
-            return self._wait(self._process)
+            with tempfile.NamedTemporaryFile(prefix="distsurf-stopped-") as note:
+                self._process = self._start(arguments, {STOP_NOTE: note.name})
+                code = self._wait(self._process)
+                self.stopped = self.stopped or Path(note.name).read_text()
+            return code
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _start(self, arguments: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        try:
+            # In a session of its own, so that Ctrl-C reaches the launcher through us, once.
+            return subprocess.Popen(
+                [*self._command, *arguments], start_new_session=True, env={**os.environ, **variables}
+            )
+        except OSError as error:
+            raise InputError(f"{self._command[0]} cannot be started: {error.strerror}") from error
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         """The exit status; mpirun was seen to stay for ever when its own helpers had been killed, and is ended then."""
@@ -125,7 +146,7 @@ class Launcher:
             if is_second:
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
-                self._process.send_signal(signal.SIGINT)  # which every mpirun passes on to its ranks
+                self._process.send_signal(self._passed_on)
 
 
 def _has_children(pid: int) -> bool:
@@ -136,7 +157,15 @@ def _has_children(pid: int) -> bool:
         return True
 
 
-def _mpirun() -> str:
+def leave_stop_note(reason: str) -> None:
+    """Rank 0, where a `Launcher` started it: tell that by what the evaluation was stopped."""
+    path = os.environ.get(STOP_NOTE)
+    if path is not None and reason:
+        with contextlib.suppress(OSError):  # on another node: then it does not reach the launcher
+            Path(path).write_text(reason)
+
+
+def mpirun() -> str:
     """The mpirun beside this Python, or the first on the path. Raises InputError if there is none."""
     beside = Path(sys.executable).with_name("mpirun")
     found = str(beside) if beside.exists() else shutil.which("mpirun")

@@ -61,7 +61,7 @@ def merge(whole: Path, sources: Sequence[Path] = ()) -> Merged:
     """
     named = shard_files(whole)
     paths = list(dict.fromkeys(sources or named))
-    if not paths:
+    if not paths and not whole.exists():
         raise InputError(f"there are no shards of {whole} beside it ({ArrayShard(0, 8).path(whole).name}, …)")
     with _turn(whole):
         if whole.exists():

@@ -67,7 +67,7 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         sub = known.add_parser(name, prog=f"distsurf {name}", help=text, description=text, parents=[common])
-        sub.set_defaults(verb=verbs[name])
+        sub.set_defaults(verb=verbs[name], takes_more=False)
         return sub
 
     run = verb("run", "Evaluate a job's surface, or continue it; in one process or under mpirun.")
@@ -90,11 +90,22 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     )
     run.add_argument("--ranks", type=_count, default=0, metavar="N", help="start mpirun with N ranks")
     run.add_argument(
+        "--under", metavar="COMMAND", help='start the ranks by this command: "srun --mpi=pmi2", "mpirun -n 8"'
+    )
+    run.add_argument(
         "--restarts",
         type=_count,
         default=0,
         metavar="K",
-        help="with --ranks: when the ranks end early, start them again, up to K times, while the surface advances",
+        help="when the ranks end early, start them again, up to K times, while the surface advances",
+    )
+    run.add_argument(
+        "--requeues",
+        type=_count,
+        default=0,
+        metavar="K",
+        help="in a SLURM job: at the end of its walltime, or when it is preempted, put it back into the queue, up to K "
+        "times for each",
     )
     run.add_argument("--progress", choices=("auto", "bar", "lines", "none"), default="auto")
     run.add_argument("--no-pictures", action="store_true", help="leave the pictures out")
@@ -116,7 +127,9 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     scale.add_argument("--linear", action="store_false", dest="log", default=None, help="linear scale")
 
     status = verb("status", "Say what is in a surface file, finished or not.")
-    status.add_argument("file", type=Path, metavar="FILE.h5")
+    status.add_argument(
+        "file", type=Path, metavar="FILE.h5|FOLDER", help="of a folder: every shard of its surfaces"
+    )
 
     check = verb(
         "check", "Check that a surface file is sound: exit code 0 complete, 3 incomplete, 4 damaged."
@@ -140,11 +153,41 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         "shards", nargs="*", type=Path, metavar="SHARD.h5", help="default: all that lie beside it"
     )
     _add_set(merge)
+    merge.add_argument("--no-pictures", action="store_true", help="leave the pictures out")
     merge.add_argument(
         "--remove",
         action="store_true",
         help="remove the shards once the surface is complete and has been checked",
     )
+
+    submit = verb(
+        "submit",
+        "Write batch scripts for SLURM beside the surface and submit them: an array of shards with its merge, or one "
+        "MPI job over nodes. Every other option is sbatch's, and goes into the scripts: --partition gpu --account me.",
+    )
+    submit.set_defaults(takes_more=True)
+    submit.allow_abbrev = False
+    submit.add_argument("job", type=Path, metavar="JOB.toml")
+    how = submit.add_mutually_exclusive_group()
+    how.add_argument(
+        "--array", metavar="N[%M]", help="N shards, M at a time (default: what distsurf plan says)"
+    )
+    how.add_argument("--nodes", type=_count, default=0, metavar="N", help="one MPI job over N nodes")
+    how.add_argument(
+        "--missing",
+        action="store_true",
+        help="merge what there is, and send the shards that miss points again, with a new merge",
+    )
+    submit.add_argument(
+        "--gpus-per-node", type=_count, default=0, metavar="G", help="and as many ranks on each node"
+    )
+    submit.add_argument("--time", metavar="TIME", help="walltime (default: twice what distsurf plan says)")
+    submit.add_argument(
+        "--requeues", type=_count, default=20, metavar="K", help="see distsurf run (default: 20)"
+    )
+    submit.add_argument("--out", metavar="FILE.h5", help="the surface file (default: runs/NAME/surface.h5)")
+    _add_set(submit)
+    submit.add_argument("--dry-run", action="store_true", help="print the scripts; write and submit nothing")
 
     bench = verb(
         "bench",
@@ -190,7 +233,11 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         raise SystemExit(0)
     if not arguments[0].startswith("-") and arguments[0] not in verbs:
         raise InputError(f"no verb {arguments[0]!r}; {nearest(arguments[0], verbs)}")
-    return parser.parse_args(arguments)
+    options, more = parser.parse_known_args(arguments)
+    if more and not options.takes_more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.more = more
+    return options
 
 
 def _count(text: str) -> int:

@@ -32,6 +32,8 @@ class Outcome:
     surface: Surface
     missing: str
     """Why the surface, or its file, is not complete; empty if it is."""
+    stopped: str = ""
+    """Who asked to stop."""
 
 
 class PatientRecorder:
@@ -163,7 +165,7 @@ def evaluate_missing(
         missing = (
             "" if surface.complete and not unwritten else _what_is_missing(surface, stop.reason, unwritten)
         )
-        return Outcome(surface, missing)
+        return Outcome(surface, missing, stop.reason)
 
     with contextlib.closing(shown):
         outcome: Outcome = lead(

@@ -273,7 +273,7 @@ def run(
                 outcome = ranks.broadcast(outcome)
     outcome.surface.is_writer = ranks.rank == 0
     if outcome.missing:
-        raise Incomplete(outcome.missing, outcome.surface)
+        raise Incomplete(outcome.missing, outcome.surface, outcome.stopped)
     return outcome.surface
 
 

@@ -70,6 +70,15 @@ def shard_files(whole: Path) -> dict[Path, ArrayShard]:
     return dict(sorted(found.items(), key=lambda item: (item[1].count, item[1].index)))
 
 
+def surfaces_in(folder: Path) -> dict[Path, dict[Path, ArrayShard]]:
+    """Every surface in a folder that is there or has shards there, with its shards."""
+    pattern = re.compile(r"(.+)\.shard-\d{1,6}-of-\d{1,6}(\.h5)")
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    wholes = {found[1] + found[2] for name in names if (found := pattern.fullmatch(name))}
+    wholes |= {name for name in names if name.endswith(".h5") and not pattern.fullmatch(name)}
+    return {folder / name: shard_files(folder / name) for name in sorted(wholes)}
+
+
 def shard_of_array_task(environment: Mapping[str, str] = os.environ) -> ArrayShard | None:
     """The shard that a SLURM array task is, if this is one. Raises InputError where the array is not 0 to N-1.
 

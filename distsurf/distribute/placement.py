@@ -36,6 +36,12 @@ def usable_cores() -> list[int]:
     return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
 
 
+def _granted_cores() -> int:
+    """The cores that SLURM gives to each task, also where it does not bind tasks to them; very many outside SLURM."""
+    told = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return int(told) if told.isdigit() and int(told) else 1 << 30
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where this rank computes, and all ranks' placement in words."""
@@ -68,7 +74,7 @@ def place(ranks: Ranks, device: str = "auto", threads: int = 0) -> Placement:
     # Ranks that were bound to cores of their own keep them; ranks with the same cores share them.
     mine = f"{host}|{','.join(map(str, cores))[:600]}"
     sharing = ranks.gather(mine).count(mine)
-    threads = threads or max(1, len(cores) // sharing)
+    threads = threads or max(1, min(len(cores) // sharing, _granted_cores()))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if chosen.type == "cuda" else ""
     everybody = ranks.gather(f"{host}|{chosen}|{visible}|{name}|{threads}")
     return Placement(chosen, threads, _in_words([answer.split("|") for answer in everybody]))

@@ -38,7 +38,12 @@ PropagateResourceLimits=NONE
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=10000,bf_interval=1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=8
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=8
-PartitionName=p Nodes=ALL Default=YES
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=p Nodes=ALL Default=YES PreemptMode=OFF
+PartitionName=lo Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=hi Nodes=ALL PriorityTier=10 PreemptMode=OFF
 """
 
 

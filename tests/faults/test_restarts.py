@@ -132,7 +132,6 @@ def test_an_mpirun_that_stays_behind_is_ended(tmp_path: Path, monkeypatch: pytes
     sleeper = tmp_path / "mpirun"
     sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
     sleeper.chmod(0o755)
-    monkeypatch.setattr(launch, "_mpirun", lambda: str(sleeper))
-    assert launch.Launcher(2)([]) == -signal.SIGKILL
+    assert launch.Launcher([str(sleeper)])([]) == -signal.SIGKILL
     sleeper.write_text("#!/bin/sh\nsleep 2; exit 3\n")  # one with a child is waited for
-    assert launch.Launcher(2)([]) == 3
+    assert launch.Launcher([str(sleeper)])([]) == 3

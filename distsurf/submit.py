@@ -1,0 +1,319 @@
+"""Batch scripts for SLURM, written beside the surface and submitted: ``distsurf submit``, and what has become of it.
+
+The scripts are files that a user reads, edits and submits again; `slurm/` has the same ones to copy. What was submitted
+is kept beside them, so that `status` and ``submit --missing`` know of how many shards the job is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distsurf.distribute import slurm
+from distsurf.errors import DistsurfError, InputError
+from distsurf.files import replacing
+from distsurf.grid import Grid
+from distsurf.merge import Merged, merge, missing_tasks
+from distsurf.shards import ArrayShard, shard_files
+from distsurf.surface import Status, SurfaceFile
+
+SIGNAL_SECONDS = 120
+"""How long before the end of its walltime a job is told to save."""
+SPARE = 2.0
+"""Walltime asked for, in units of the time that `distsurf plan` predicts: other nodes may be slower, or shared."""
+LEAST_MINUTES = 15
+ABOUT_THE_USER = ("--partition", "-p", "--account", "-A", "--qos", "-q", "--reservation", "--clusters", "-M")
+"""Options of sbatch's that the merge needs too."""
+OWN = ("--array", "--output", "--open-mode", "--signal", "--requeue", "--chdir")
+"""What the scripts say themselves."""
+CPUS = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # srun does not take it from sbatch by itself'
+SURVIVE = "--kill-on-bad-exit=0 --wait=0"
+"""Of srun's options: the other ranks go on without one that dies."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a script is to ask SLURM for."""
+
+    job: str
+    """The job file, as it is typed."""
+    overrides: tuple[str, ...] = ()
+    out: str | None = None
+    shards: int = 0
+    """0 for one job over all points."""
+    at_once: int = 0
+    """How many shards run at a time; 0 for no limit."""
+    nodes: int = 1
+    gpus_per_node: int = 0
+    time: str = "01:00:00"
+    requeues: int = 20
+    options: tuple[str, ...] = ()
+    """More options of sbatch's."""
+    logs: str = "."
+    folder: str | None = None
+    """Where the job is to run; None for where it is submitted."""
+    activate: str = ""
+    """The line that brings ``distsurf`` into reach."""
+    mpi: str = "pmi2"
+    """srun's ``--mpi`` for the MPI library."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What was submitted: jobs' numbers, and of how many shards the surface is."""
+
+    job: int
+    merge: int | None
+    shards: int
+    tasks: str
+
+
+# -- scripts ----------------------------------------------------------------------------------------------
+
+
+def array_script(wish: Wish) -> str:
+    """One shard per array task, each a process or an MPI job of its own."""
+    last, limit = wish.shards - 1, f"%{wish.at_once}" if wish.at_once else ""
+    at_once = f", {wish.at_once} at a time" if wish.at_once else ""
+    head = [
+        "# A loss surface as an array of jobs: every task evaluates one shard, into a file of its own.",
+        "# It saves and comes back by itself when it is preempted and when its walltime ends. Then: merge.sbatch.",
+        *_lines(wish, "distsurf", "%A_%a"),
+        _line(f"--array=0-{last}{limit}", f"shards (the N of --shard below: {wish.shards}){at_once}"),
+    ]
+    return _script(head, wish, CPUS, f'{_run(wish)} --shard "$SLURM_ARRAY_TASK_ID/{wish.shards}"')
+
+
+def mpi_script(wish: Wish) -> str:
+    """One MPI job over nodes, one rank per GPU."""
+    head = [
+        "# A loss surface by one MPI job over several nodes, one rank per GPU (or --ntasks-per-node of them on CPUs).",
+        "# It saves and comes back by itself when it is preempted and when its walltime ends.",
+        *_lines(wish, "distsurf", "%j"),
+    ]
+    return _script(head, wish, CPUS, _run(wish))
+
+
+def merge_script(wish: Wish) -> str:
+    """What puts the shards together, after all of them."""
+    about_the_user = [option for option in _pairs(wish.options) if option[0] in ABOUT_THE_USER]
+    head = [
+        "# Puts the shards of a loss surface together. Submit it with --dependency=afterany:ARRAY, and not afterok:",
+        "# that is never met once a task has failed. It checks every shard, and names what is to be sent again.",
+        _line("--job-name=distsurf-merge"),
+        _line("--ntasks=1"),
+        _line("--time=00:30:00"),
+        _line(f"--output={wish.logs}/%j-merge.log"),
+        *([_line(f"--chdir={wish.folder}")] if wish.folder else []),
+        *(_line(" ".join(option)) for option in about_the_user),
+    ]
+    where = [] if wish.out is None else [shlex.quote(wish.out)]
+    return _script(head, wish, " ".join(["distsurf merge", *(where or _job(wish))]))
+
+
+def _lines(wish: Wish, name: str, log: str) -> list[str]:
+    given = {option[0] for option in _pairs(wish.options)}
+    lines = {
+        "--job-name": (f"={name}", ""),
+        "--nodes": (f"={wish.nodes}", ""),
+        "--ntasks-per-node": (f"={wish.gpus_per_node or 1}", "ranks"),
+        "--gpus-per-node": (f"={wish.gpus_per_node}", "one for each rank"),
+        "--time": (f"={wish.time}", ""),
+        "--signal": (f"=USR2@{SIGNAL_SECONDS}", "before the end of its walltime: time to save"),
+        "--requeue": ("", "may come back"),
+        "--open-mode": ("=append", "one log over all its starts"),
+        "--output": (f"={wish.logs}/{log}.log", ""),
+        "--chdir": (f"={wish.folder}", ""),
+    }
+    if not wish.gpus_per_node:
+        del lines["--gpus-per-node"]
+    if wish.folder is None:
+        del lines["--chdir"]
+    own = [_line(key + value, why) for key, (value, why) in lines.items() if key not in given or key in OWN]
+    return [*own, *(_line(" ".join(option)) for option in _pairs(wish.options))]
+
+
+def _line(option: str, why: str = "") -> str:
+    return f"#SBATCH {option:32}  # {why}" if why else f"#SBATCH {option}"
+
+
+def _script(head: Sequence[str], wish: Wish, *commands: str) -> str:
+    set_up = [wish.activate] if wish.activate else ["# module load python", "# source venv/bin/activate"]
+    return "\n".join(["#!/bin/bash", *head, "", *set_up, "", *commands, ""])
+
+
+def _run(wish: Wish) -> str:
+    is_alone = wish.nodes == 1 and wish.gpus_per_node <= 1 and not _has_tasks(wish.options)
+    under = "srun" if is_alone else f"srun --mpi={wish.mpi} {SURVIVE}"
+    out = [] if wish.out is None else ["--out", shlex.quote(wish.out)]
+    return " ".join(
+        ["distsurf run", *_job(wish), *out, f'--under "{under}"', f"--restarts 3 --requeues {wish.requeues}"]
+    )
+
+
+def _has_tasks(options: Sequence[str]) -> bool:
+    return any(option[0] in ("--ntasks", "-n", "--ntasks-per-node") for option in _pairs(options))
+
+
+def _job(wish: Wish) -> list[str]:
+    return [shlex.quote(wish.job), *(f"--set {shlex.quote(override)}" for override in wish.overrides)]
+
+
+def _pairs(options: Sequence[str]) -> list[tuple[str, ...]]:
+    """sbatch's options, each with its value: ``--a=b``, ``--a b``, ``-a b`` or a flag. Raises InputError."""
+    found: list[tuple[str, ...]] = []
+    for word in options:
+        if word.startswith("-") and len(word) > 1:
+            name, equals, value = word.partition("=")
+            found.append((name, value) if equals else (word,))
+        elif found and len(found[-1]) == 1:
+            found[-1] = (*found[-1], word)
+        else:
+            raise InputError(
+                f"{word!r} belongs to no option; expected JOB.toml first, then options of sbatch's"
+            )
+    return found
+
+
+# -- submitting -------------------------------------------------------------------------------------------
+
+
+def folder_of(whole: Path) -> Path:
+    """Where the scripts, logs and numbers of a surface's jobs lie."""
+    return whole.parent / "slurm"
+
+
+def scripts(wish: Wish) -> dict[str, str]:
+    """The scripts by their files' names, in the order in which they are submitted."""
+    if not wish.shards:
+        return {"mpi.sbatch": mpi_script(wish)}
+    return {"array.sbatch": array_script(wish), "merge.sbatch": merge_script(wish)}
+
+
+def write_scripts(whole: Path, wish: Wish) -> list[Path]:
+    """Write the scripts, and return them in the order in which they are submitted."""
+    texts = scripts(wish)
+    paths = [folder_of(whole) / name for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+    return paths
+
+
+def send(
+    files: Sequence[Path], whole: Path, shards: int, tasks: str, options: Sequence[str] = ()
+) -> Submitted:
+    """Submit a script, and the merge that waits for it. Raises InputError: then nothing is submitted."""
+    first = slurm.submit(str(files[0]), options)
+    merge_job = None
+    if len(files) > 1:
+        try:
+            merge_job = slurm.submit(str(files[1]), [f"--dependency=afterany:{first}"])
+        except InputError as error:
+            with suppress(InputError):
+                slurm.ask("scancel", str(first))
+            raise InputError(f"{error}; the array {first} was cancelled") from error
+    submitted = Submitted(first, merge_job, shards, tasks)
+    told = [*read_submitted(whole), submitted]
+    with replacing(folder_of(whole) / "submitted.json") as temporary:
+        temporary.write_text(json.dumps([asdict(one) for one in told], indent=1) + "\n")
+    return submitted
+
+
+def read_submitted(whole: Path) -> list[Submitted]:
+    """What has been submitted for a surface, the oldest first."""
+    with suppress(OSError, ValueError, TypeError):
+        return [Submitted(**one) for one in json.loads((folder_of(whole) / "submitted.json").read_text())]
+    return []
+
+
+def environment_line() -> str:
+    """What a script types to have this environment."""
+    if sys.prefix == sys.base_prefix:
+        return ""
+    return f"source {shlex.quote(str(Path(sys.prefix) / 'bin' / 'activate'))}"
+
+
+def mpi_flag() -> str:
+    """srun's ``--mpi`` for the MPI library that Python loads."""
+    with suppress(ImportError, RuntimeError):
+        import mpi4py
+
+        mpi4py.rc(initialize=False, finalize=False)
+        from mpi4py import MPI
+
+        return "pmix" if MPI.get_vendor()[0] == "Open MPI" else "pmi2"
+    return "pmi2"
+
+
+def walltime(seconds: float) -> str:
+    """Walltime to ask for, for so many predicted seconds: whole quarters of an hour."""
+    quarters = math.ceil((SPARE * seconds + SIGNAL_SECONDS) / 60 / LEAST_MINUTES)
+    hours, minutes = divmod(max(1, quarters) * LEAST_MINUTES, 60)
+    return f"{hours:02}:{minutes:02}:00"
+
+
+def parse_array(text: str) -> tuple[int, int]:
+    """``N`` or ``N%M``: (shards, how many at a time or 0). Raises InputError."""
+    found = re.fullmatch(r"([1-9]\d{0,4})(?:%([1-9]\d{0,4}))?", text)
+    if found is None:
+        raise InputError(f"--array {text}: expected the number of shards N, or N%M for M of them at a time")
+    return int(found[1]), int(found[2] or 0)
+
+
+# -- what became of it ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """How far a shard is."""
+
+    shard: ArrayShard
+    done: int
+    size: int
+    trouble: str = ""
+
+
+def shard_states(whole: Path, count: int, grid: Grid) -> list[ShardState]:
+    """How far each of the shards is, by their files."""
+    states = []
+    for index in range(count):
+        shard = ArrayShard(index, count)
+        path, size, done, trouble = shard.path(whole), len(range(index, grid.size, count)), 0, ""
+        if path.exists():
+            try:
+                with SurfaceFile.open(path) as file:
+                    status = file.status().ravel()[file.points()]
+                done = int(((status == Status.EVALUATED) | (status == Status.INTERPOLATED)).sum())
+                failed = int((status == Status.FAILED).sum())
+                trouble = f"{failed} failed" if failed else ""
+            except DistsurfError as error:
+                trouble = str(error)
+        states.append(ShardState(shard, done, size, trouble))
+    return states
+
+
+def still_missing(whole: Path, count: int) -> tuple[Merged | None, list[int]]:
+    """Merge what there is, and say which shards have points to evaluate."""
+    if not shard_files(whole) and not whole.exists():
+        return None, list(range(count))
+    merged = merge(whole)
+    return merged, missing_tasks(merged.surface)
+
+
+def in_queue(whole: Path) -> dict[int, slurm.Task]:
+    """Array tasks of a surface that SLURM still knows, by their index, the newest submission's."""
+    told: dict[int, slurm.Task] = {}
+    jobs = {one.job: one for one in read_submitted(whole)}
+    with suppress(InputError):  # no SLURM here
+        for task in slurm.queue(list(jobs)):
+            if task.index is not None and (task.index not in told or task.job > told[task.index].job):
+                told[task.index] = task
+    return told
