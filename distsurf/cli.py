@@ -491,7 +491,7 @@ def _submit(options: argparse.Namespace) -> int:
         time=time,
         requeues=options.requeues,
         options=tuple(options.more),
-        logs=str(submit.folder_of(whole)),
+        logs=f"{submit.folder_of(whole)}/",
         folder=os.getcwd(),
         activate=submit.environment_line(),
         mpi=submit.mpi_flag(),

@@ -31,11 +31,10 @@ SPARE = 2.0
 LEAST_MINUTES = 15
 ABOUT_THE_USER = ("--partition", "-p", "--account", "-A", "--qos", "-q", "--reservation", "--clusters", "-M")
 """Options of sbatch's that the merge needs too."""
-OWN = ("--array", "--output", "--open-mode", "--signal", "--requeue", "--chdir")
-"""What the scripts say themselves."""
 CPUS = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # srun does not take it from sbatch by itself'
-SURVIVE = "--kill-on-bad-exit=0 --wait=0"
-"""Of srun's options: the other ranks go on without one that dies."""
+TOGETHER = "--kill-on-bad-exit=1 --wait=60"
+"""Of srun's options: one rank that dies ends the others, and all start again. They would go on without it, but not
+where it dies in MPI's own start, and would wait there until the walltime ends."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Wish:
     requeues: int = 20
     options: tuple[str, ...] = ()
     """More options of sbatch's."""
-    logs: str = "."
+    logs: str = "distsurf-"
+    """How the names of its logs begin."""
     folder: str | None = None
     """Where the job is to run; None for where it is submitted."""
     activate: str = ""
@@ -110,9 +110,9 @@ def merge_script(wish: Wish) -> str:
         _line("--job-name=distsurf-merge"),
         _line("--ntasks=1"),
         _line("--time=00:30:00"),
-        _line(f"--output={wish.logs}/%j-merge.log"),
+        _line(f"--output={wish.logs}%j-merge.log"),
         *([_line(f"--chdir={wish.folder}")] if wish.folder else []),
-        *(_line(" ".join(option)) for option in about_the_user),
+        *(_line(_joined(option)) for option in about_the_user),
     ]
     where = [] if wish.out is None else [shlex.quote(wish.out)]
     return _script(head, wish, " ".join(["distsurf merge", *(where or _job(wish))]))
@@ -124,20 +124,26 @@ def _lines(wish: Wish, name: str, log: str) -> list[str]:
         "--job-name": (f"={name}", ""),
         "--nodes": (f"={wish.nodes}", ""),
         "--ntasks-per-node": (f"={wish.gpus_per_node or 1}", "ranks"),
-        "--gpus-per-node": (f"={wish.gpus_per_node}", "one for each rank"),
+        "--gpus-per-node": (f"={wish.gpus_per_node}", "one for each rank; without this line: CPUs"),
         "--time": (f"={wish.time}", ""),
         "--signal": (f"=USR2@{SIGNAL_SECONDS}", "before the end of its walltime: time to save"),
         "--requeue": ("", "may come back"),
         "--open-mode": ("=append", "one log over all its starts"),
-        "--output": (f"={wish.logs}/{log}.log", ""),
+        "--output": (f"={wish.logs}{log}.log", ""),
         "--chdir": (f"={wish.folder}", ""),
     }
+    if _has_tasks(wish.options):
+        del lines["--ntasks-per-node"]
     if not wish.gpus_per_node:
         del lines["--gpus-per-node"]
     if wish.folder is None:
         del lines["--chdir"]
-    own = [_line(key + value, why) for key, (value, why) in lines.items() if key not in given or key in OWN]
-    return [*own, *(_line(" ".join(option)) for option in _pairs(wish.options))]
+    own = [_line(key + value, why) for key, (value, why) in lines.items() if key not in given]
+    return [*own, *(_line(_joined(option)) for option in _pairs(wish.options))]
+
+
+def _joined(option: tuple[str, ...]) -> str:
+    return ("=" if option[0].startswith("--") else " ").join(option)
 
 
 def _line(option: str, why: str = "") -> str:
@@ -151,7 +157,7 @@ def _script(head: Sequence[str], wish: Wish, *commands: str) -> str:
 
 def _run(wish: Wish) -> str:
     is_alone = wish.nodes == 1 and wish.gpus_per_node <= 1 and not _has_tasks(wish.options)
-    under = "srun" if is_alone else f"srun --mpi={wish.mpi} {SURVIVE}"
+    under = "srun" if is_alone else f"srun --mpi={wish.mpi} {TOGETHER}"
     out = [] if wish.out is None else ["--out", shlex.quote(wish.out)]
     return " ".join(
         ["distsurf run", *_job(wish), *out, f'--under "{under}"', f"--restarts 3 --requeues {wish.requeues}"]

@@ -8,6 +8,7 @@ mpi4py is imported only where a launcher started several processes.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import pickle
 import socket
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from distsurf.distribute.heartbeat import Heartbeat
 from distsurf.distribute.launcher import MPICH_RUN, OPENMPI_RUN, SRUN, launched
+from distsurf.distribute.leaks import remove_leaks
 from distsurf.distribute.signals import killed_by_signals
 from distsurf.errors import DistsurfError, Incomplete, InputError
 
@@ -33,6 +35,8 @@ EXIT_ABORTED = 3
 """What was committed before is in the file: the same command continues."""
 TOGETHER_SECONDS = 6 * 3600.0
 """How long ranks wait for each other before the evaluation and after it: training or reading data may take its time."""
+START_SECONDS = 900.0
+"""How long ranks wait for each other in MPI's start: for the slowest to load Python and its libraries."""
 CLOSING_SECONDS = 300.0
 """How long ranks wait for each other to leave: everything is recorded by then."""
 PARTING_SECONDS = 10.0
@@ -401,7 +405,9 @@ def connect() -> Ranks:
     # MPICH under Open MPI's launcher aborts in its initialization; the other way round gives singletons.
     is_foreign = (launcher, library.split()[0]) in {(OPENMPI_RUN, "MPICH"), (MPICH_RUN, "Open")}
     if not is_foreign and not MPI.Is_initialized():
-        with killed_by_signals():
+        if library.startswith("MPICH"):
+            remove_leaks()
+        with killed_by_signals(), _bounded_start():
             MPI.Init_thread()
     if is_foreign or size != MPI.COMM_WORLD.size:
         remedy = {
@@ -416,6 +422,21 @@ def connect() -> Ranks:
     if not isinstance(sys.excepthook, _EndAll):
         sys.excepthook = _EndAll(sys.excepthook, MPI.COMM_WORLD)
     return MPIRanks(MPI.COMM_WORLD)
+
+
+@contextmanager
+def _bounded_start() -> Iterator[None]:
+    """Have MPI's start end the process, with a trace of where it was, if it does not end by itself.
+
+    A rank waits in it for one that has failed there, for ever where the launcher leaves it alone. Python's own threads
+    may be locked out for that time.
+    """
+    with suppress(AttributeError, OSError, ValueError):  # a standard error that is no file
+        faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=sys.stderr)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ is silent for too long is done without. Where a rank was lost, the end is told f
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -178,6 +179,7 @@ def evaluate_shard(
     values: list[NDArray[np.float64]] = []
     seconds: list[float] = []
     failures: list[tuple[int, str]] = []
+    process = os.getpid()
     size = getattr(evaluator, "points_per_pass", 1)
     groups = deque(shard.points[start : start + size] for start in range(0, len(shard.points), size))
     while groups and not stop():
@@ -192,11 +194,13 @@ def evaluate_shard(
         except Stopped:
             break
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # the model's own: a signal sets a flag
+            _end_copies(process)
             if len(group) == 1:
                 failures.append((int(group[0]), _in_one_line(error)))
             else:
                 groups.extendleft(group[i : i + 1] for i in reversed(range(len(group))))
             continue
+        _end_copies(process)
         done += group.tolist()
         values += list(value)
         seconds += [(time.perf_counter() - start) / len(group)] * len(group)
@@ -206,6 +210,12 @@ def evaluate_shard(
         np.array(seconds, np.float64),
         failures,
     )
+
+
+def _end_copies(process: int) -> None:
+    """End this process if it is a copy that a model has made by a fork: two of them must not go on as one rank."""
+    if os.getpid() != process:
+        os._exit(1)
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -84,6 +84,10 @@ class Slurm:
                 raise AssertionError(f"SLURM does not come up: {self._states()}\n{log}")
             time.sleep(0.1)
 
+    def ask(self, program: str, *arguments: object) -> str:
+        """What a command of SLURM's prints."""
+        return self._run(program, *map(str, arguments)).strip()
+
     def _run(self, program: str, *arguments: str) -> str:
         found = _program(program)
         assert found is not None
