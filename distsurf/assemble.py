@@ -220,7 +220,7 @@ def _call(factory: Callable[..., Any], arguments: Mapping[str, Any], where: str,
         return factory(**arguments)
     except DistsurfError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{where} = {name!r} raised {in_one_line(error)}") from error
 
 

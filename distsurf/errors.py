@@ -37,4 +37,9 @@ class DamagedFile(DistsurfError):
 
 def in_one_line(error: BaseException) -> str:
     """Any error's kind and message, whatever lines its author gave it."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "(its message cannot be shown)"
+    # Names of files, say, may hold bytes that are no text.
+    return f"{type(error).__name__}: {text.encode(errors='backslashreplace').decode()}"

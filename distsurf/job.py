@@ -32,6 +32,8 @@ LIVE = "live:"
 Step = Literal["fold", "channels_last", "many", "fuse", "graph"]
 """Steps of the fast path (`distsurf.objective.fast.steps`)."""
 
+YEAR = 366 * 24 * 3600.0
+
 
 class Section(BaseModel):
     """A table of the job file. Unknown keys are refused."""
@@ -166,9 +168,9 @@ class RunSection(Section):
     """CPU threads per rank; 0 divides the cores among the ranks of a node."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Random state at every point, for models that draw random numbers in evaluation."""
-    silence: Annotated[float, Field(gt=0)] = 300.0
+    silence: Annotated[float, Field(gt=0, le=YEAR)] = 300.0
     """Seconds without a sign of life (one is given between batches) after which a rank is done without."""
-    disk_patience: Annotated[float, Field(ge=0)] = 600.0
+    disk_patience: Annotated[float, Field(ge=0, le=YEAR)] = 600.0
     """Seconds for which a disk that takes no results is tried again, while the evaluation goes on."""
 
     @field_validator("fast", mode="before")

@@ -74,6 +74,11 @@ def run_again(
         now = state(path)
         left = f"{now.pending:,} points are left" if now.pending >= 0 else f"there is no {path} yet"
         if now.pending == 0:
+            if now.failed and code != Incomplete.exit_code:  # the ranks died, and have not said it
+                raise Incomplete(
+                    f"{now.failed:,} points failed, for which distsurf status {path} has the reasons; all others are "
+                    "evaluated. The same command tries them again"
+                )
             return Incomplete.exit_code if now.failed else 0
         if code == InputError.exit_code:
             return code
@@ -97,7 +102,7 @@ class Launcher:
     """
 
     def __init__(self, under: Sequence[str]):
-        self._command = [*under, sys.executable, "-m", "distsurf.run"]
+        self._command = [*under, sys.executable, "-m", "distsurf", "run"]
         # Every mpirun passes SIGINT on to its ranks. For srun it is a question, and SIGTERM the end.
         self._passed_on = signal.SIGUSR2 if under and Path(under[0]).name == "srun" else signal.SIGINT
         self._process: subprocess.Popen[bytes] | None = None

@@ -116,7 +116,7 @@ def trials(out: Path) -> int:
 
 
 def _marker(out: Path) -> Path:
-    return out.with_name(f".{out.name}.trials")
+    return out.absolute().with_name(f".{out.name}.trials")
 
 
 def _set_aside(path: Path) -> Path:
@@ -128,8 +128,14 @@ def _set_aside(path: Path) -> Path:
 
 def require_writable(path: Path) -> None:
     """Raise InputError now rather than after the training if the output cannot be written, or others write it."""
+    try:
+        is_odd = path.exists() and not path.is_file()
+    except OSError as error:
+        raise InputError(f"the output {path} cannot be a file: {error.strerror}") from error
     if path.is_dir():
         raise InputError(f"the output {path} is a folder; give a file, for example {path / 'surface.h5'}")
+    if is_odd:
+        raise InputError(f"the output {path} is no regular file; choose another --out")
     if path.exists():
         require_unclaimed(path)
     with contextlib.suppress(_Discard), replacing(path):

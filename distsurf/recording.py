@@ -20,6 +20,7 @@ from distsurf.evaluator import Evaluator
 from distsurf.progress import Mode, Progress, duration
 from distsurf.surface import Status, Surface, SurfaceFile
 from distsurf.surface.records import Points, Values
+from distsurf.surface.storage import CutOff
 
 DISK_PATIENCE = 600.0
 """Seconds for which a disk that takes no results is tried again."""
@@ -50,6 +51,7 @@ class PatientRecorder:
         self._file, self._say, self._stop = file, say, stop
         self._patience, self._clock = patience, clock
         self._refused_since: float | None = None
+        self._folders = list(_other_folders((file.path or Path()).absolute()))
         self.trouble = ""
         self.saved: Path | None = None
         """Where everything is, if the file did not take it."""
@@ -77,6 +79,15 @@ class PatientRecorder:
                 f"{self._file.path} had been removed and is there again, with everything recorded so far"
             )
             self._file.commit()
+        except CutOff:
+            self._restore()
+            self._file.commit()
+
+    def _restore(self) -> None:
+        self._file.restore()
+        self._say(
+            f"{self._file.path} had been changed by others and is whole again, with everything recorded so far"
+        )
 
     def _refuse(self, error: OSError | InputError) -> None:
         self.trouble = error.strerror or str(error) if isinstance(error, OSError) else str(error)
@@ -101,8 +112,11 @@ class PatientRecorder:
             self.commit()
         count = self._file.unwritten
         if not count:
+            with contextlib.suppress(OSError):
+                if self._file.is_altered():
+                    self._restore()
             return ""
-        self.saved = saved = self._file.rescue(self._file.read(), _other_folders(self._file.path or Path()))
+        self.saved = saved = self._file.rescue(self._file.read(), self._folders)
         where = (
             f"with all others they are in {saved}; move that to {self._file.path} and the same call continues it"
             if saved
@@ -190,8 +204,8 @@ def evaluate_missing(
 
 def _what_to_do(file: SurfaceFile, say: Callable[[str], None]) -> tuple[int, Points, dict[int, int]]:
     """How many points there are, which are missing, in their order, and how often those were begun before."""
-    # What failed in an earlier run is tried again, with its attempts forgotten.
-    file.forgive()
+    # What failed in an earlier run is tried again, last of all. What killed its process gets one try, as a suspect.
+    file.forgive(MOST_ATTEMPTS - 1)
     status, attempts = file.status().ravel(), file.attempts().ravel()
     done = np.isin(status, (Status.EVALUATED, Status.INTERPOLATED))
     deadly = ~done & (attempts >= MOST_ATTEMPTS)
@@ -202,6 +216,7 @@ def _what_to_do(file: SurfaceFile, say: Callable[[str], None]) -> tuple[int, Poi
         )
     order = file.points()
     missing = order[~(done | deadly)[order]]
+    missing = missing[np.argsort(status[missing] == Status.FAILED, kind="stable")]
     begun = np.flatnonzero((attempts > 0) & ~(done | deadly))
     before = int(done.sum())
     if before or deadly.any():

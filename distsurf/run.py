@@ -7,11 +7,19 @@
 
 from __future__ import annotations
 
+import sys
+
+if (
+    __name__ == "__main__"
+):  # before torch is imported, which takes a while: Ctrl-C then needs somebody to hear it
+    from distsurf.cli import main
+
+    sys.exit(main(["run", *sys.argv[1:]]))
+
 import contextlib
 import os
-import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,14 +192,14 @@ def run(
             require_writable(out)
     placement = place(ranks, job.run.device, job.run.threads)
     say(placement.summary)
-    with ranks.together():
+    with ranks.together(), _same_folder():
         model = assemble.build_model(job, live)
         objective = assemble.build_objective(job, live)
     with ranks.together():
         _require_same(ranks.gather(provenance.describe_model(model)), "has another model")
     with _threads_of_the_process():
         prepared = None
-        with ranks.together():
+        with ranks.together(), _same_folder():
             if ranks.rank == 0:
                 prepared = prepare(job, model, live, placement, say)
         shared = distribute(ranks, prepared)
@@ -201,7 +209,8 @@ def run(
         pulse = Pulse(stop)
         trying = partial(_watched, ranks, pulse, job.run.silence)
         with contextlib.ExitStack() as stack:
-            with ranks.together(), trying():
+            stack.enter_context(_same_folder())
+            with ranks.together(), trying(), _same_folder():
                 evaluator = stack.enter_context(
                     ModelEvaluator(
                         model,
@@ -223,9 +232,10 @@ def run(
                     "its kernels are not deterministic; values will depend on the order of evaluation",
                     stacklevel=2,
                 )
-            recipe = agree_on_recipe(
-                ranks, job, evaluator, out, fresh, say, trying, shard=shard, agreement=agreement
-            )
+            with _same_folder():
+                recipe = agree_on_recipe(
+                    ranks, job, evaluator, out, fresh, say, trying, shard=shard, agreement=agreement
+                )
             file = None
             # A step of its own: the others must not ask for work before there is somewhere to record it.
             with ranks.together():
@@ -358,20 +368,19 @@ def _moves(layout: Layout, directions: Sequence[np.ndarray], names: Collection[s
 
 
 @contextlib.contextmanager
+def _same_folder() -> Iterator[None]:
+    """Code of the user's may change the folder; names are meant from where the job was started."""
+    folder = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+
+
+@contextlib.contextmanager
 def _threads_of_the_process() -> Any:
     before = torch.get_num_threads()
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """``python -m distsurf.run``: the verb ``run`` of the command line."""
-    from distsurf import cli
-
-    return cli.main(["run", *(sys.argv[1:] if arguments is None else arguments)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

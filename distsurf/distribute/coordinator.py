@@ -99,8 +99,9 @@ class Coordinator:
     of any speed finish together.
 
     A point may be begun ``max_attempts`` times. One that fails is tried by other workers. One whose worker died is a
-    shard of its own the next time. One whose workers died twice is a *suspect*: suspects come last, and one at a time,
-    so that if it kills again no other point is blamed. ``attempts`` are those of earlier runs, by point.
+    shard of its own the next time. One whose workers died twice is a *suspect*: suspects come last, and each while
+    nobody does anything else, so that if it kills again no other point is blamed. ``attempts`` are those of earlier
+    runs, by point.
     """
 
     def __init__(
@@ -234,6 +235,11 @@ class Coordinator:
         """Workers that hold points and have not been heard of for too long."""
         return [worker for worker in self._held if now - self._heard.get(worker, now) > self._silence]
 
+    @property
+    def holding(self) -> list[int]:
+        """Workers that have points."""
+        return list(self._held)
+
     def begun_before(self, points: Points) -> list[int]:
         """Which points were begun more than once: the attempt that ended now is not to be held against them."""
         return [point for point in points.tolist() if point in self._attempts] if self._attempts else []
@@ -302,7 +308,7 @@ class Coordinator:
                 return points
             if self._retries:
                 return np.array([self._retries.pop().point])
-        if self._suspects and self._suspect_held is None:
+        if self._suspects and not self._held:
             self._suspect_held = self._suspects.popleft()
             return np.array([self._suspect_held])
         return points

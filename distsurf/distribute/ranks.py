@@ -26,7 +26,7 @@ from distsurf.distribute.heartbeat import Heartbeat
 from distsurf.distribute.launcher import MPICH_RUN, OPENMPI_RUN, SRUN, launched
 from distsurf.distribute.leaks import remove_leaks
 from distsurf.distribute.signals import killed_by_signals
-from distsurf.errors import DistsurfError, Incomplete, InputError
+from distsurf.errors import DistsurfError, Incomplete, InputError, in_one_line
 
 TEXT_BYTES = 1024
 CHUNK = 1 << 30  # MPI counts are 32-bit ints
@@ -129,7 +129,9 @@ class Ranks:
         failure: BaseException | None = None
         try:
             yield
-        except (Exception, SystemExit) as error:  # the user's code that exits must not end a rank in silence
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the user's code that exits must not end a rank in silence
             failure = error
         code = failure.exit_code if isinstance(failure, DistsurfError) else DistsurfError.exit_code
         told = "" if failure is None else f"{code} {in_words(failure)}"
@@ -151,8 +153,8 @@ def in_words(error: BaseException) -> str:
     """An error as the user of another rank is told of it."""
     if isinstance(error, DistsurfError):
         return str(error)
-    words = f": {error}" if str(error) else ""
-    return f"unexpected {type(error).__name__} on {socket.gethostname()}{words} (--debug shows where)"
+    kind, _, text = in_one_line(error).partition(": ")
+    return f"unexpected {kind} on {socket.gethostname()}{text and f': {text}'} (--debug shows where)"
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:

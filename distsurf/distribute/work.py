@@ -51,6 +51,8 @@ class Recorder(Protocol):
         """Make everything taken so far safe."""
 
 
+STOP_SECONDS = 30.0
+"""How long the batches at hand may take after a request to stop; ranks that take longer are done without."""
 ROUND_SECONDS = 0.02
 """How often rank 0 looks after everything but messages."""
 
@@ -193,7 +195,7 @@ def evaluate_shard(
                 )
         except Stopped:
             break
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the model's own: a signal sets a flag
+        except BaseException as error:  # the model's own, KeyboardInterrupt too: a signal only sets a flag
             _end_copies(process)
             if len(group) == 1:
                 failures.append((int(group[0]), _in_one_line(error)))
@@ -403,7 +405,7 @@ def lead(
             if now >= next_round:
                 next_round = now + ROUND_SECONDS
                 if stop.is_asked():
-                    coordinator.stop()
+                    crew.stop()
                 crew.part_with_the_silent()
                 crew.answer()
                 crew.keep_waiting()
@@ -454,6 +456,12 @@ class Crew:
         self._lost: dict[int, str] = {}
         self._next_signs = time.monotonic() + patience.beat
         self._has_differed = False
+        self._stops_at = float("inf")
+
+    def stop(self) -> None:
+        """Hand out nothing more, and wait for what is out for a short time only."""
+        self._coordinator.stop()
+        self._stops_at = min(self._stops_at, time.monotonic() + STOP_SECONDS)
 
     @property
     def is_gone(self) -> bool:
@@ -481,7 +489,7 @@ class Crew:
             if self._coordinator.failure(worker, point, self._signed(worker, reason)):
                 self._recorder.record_failure(point, self._coordinator.failed[point])
         if message.is_leaving:
-            self._coordinator.stop()
+            self.stop()
             self._on_leaving(f"a signal to {self._name(worker)}")
         returned = self._coordinator.request(worker)
         if returned:
@@ -536,6 +544,9 @@ class Crew:
             self._coordinator.heard(0, self._own.heard)
         for worker in self._coordinator.overdue(now):
             self._lose(worker, f"no sign of life for {self._patience.silence:g} s")
+        if now > self._stops_at:
+            for worker in self._coordinator.holding:
+                self._lose(worker, f"its batch has not ended {STOP_SECONDS:g} s after the request to stop")
 
     def _lose(self, worker: int, why: str, is_reachable: bool = False) -> None:
         if self._ranks.size > 1:

@@ -34,8 +34,11 @@ from distsurf.shards import ArrayShard, shard_in
 from distsurf.surface.claim import Claim
 from distsurf.surface.layout import Layout, bytes_needed, lay_out, read_layout
 from distsurf.surface.records import PAGE_BYTES, Points, Problem, Records, Values
-from distsurf.surface.storage import Disk, Memory, Storage
+from distsurf.surface.storage import Disk, Memory, Mirrored, Storage
 from distsurf.surface.surface import Status, Surface
+
+MOST_MIRRORED = 1 << 30
+"""Bytes of a file that are kept in memory too while it is written: 16 million points."""
 
 
 class SurfaceFile:
@@ -43,6 +46,7 @@ class SurfaceFile:
 
     def __init__(self, storage: Storage, layout: Layout, path: Path | None, claim: Claim | None = None):
         self.path = path
+        self._where = None if path is None else path.absolute()  # a model may change the folder
         self._storage, self._layout, self._claim = storage, layout, claim
         self._records = Records(storage, layout)
         self._pending: list[tuple[Points, Values, Values]] = []
@@ -106,7 +110,7 @@ class SurfaceFile:
             if write:
                 claim = Claim(path, storage, layout.places["state/writer"])
             with readable(path):
-                return cls(storage, layout, path, claim)
+                return cls(_mirrored(storage) if write else storage, layout, path, claim)
         except BaseException:
             if claim is not None:
                 claim.release()
@@ -208,7 +212,7 @@ class SurfaceFile:
         """
         if self._claim is not None:
             self._claim.beat()
-        if isinstance(self._storage, Disk) and self._claim is not None:
+        if isinstance(self._storage, (Disk, Mirrored)) and self._claim is not None:
             self._storage.require_in_place()
         if not self._pending and not self._pending_failures:
             return
@@ -263,12 +267,12 @@ class SurfaceFile:
 
         Raises OSError or InputError where that cannot be done, in particular where there is another file by now.
         """
-        assert self.path is not None
+        assert self._where is not None
         whole = self._storage.read(0, self._layout.size)
-        with _new_file(self.path, self.grid, self.columns, may_exist=False) as storage:
-            storage.write(0, whole)
-        storage = Disk(self.path, write=True)
-        claim = Claim(self.path, storage, self._layout.places["state/writer"])
+        with _new_file(self._where, self.grid, self.columns, may_exist=False) as new:
+            new.write(0, whole)
+        storage = _mirrored(Disk(self._where, write=True))
+        claim = Claim(self._where, storage, self._layout.places["state/writer"])
         old_storage, old_claim = self._storage, self._claim
         self._storage, self._claim, self._records = storage, claim, Records(storage, self._layout)
         with contextlib.suppress(OSError):
@@ -276,16 +280,30 @@ class SurfaceFile:
                 old_claim.release()
             old_storage.close()
 
+    def is_altered(self) -> bool:
+        """Whether others have changed what was recorded, while this file was open. May raise OSError."""
+        return isinstance(self._storage, Mirrored) and self._storage.differs(self._recorded_parts())
+
+    def restore(self) -> None:
+        """Write everything recorded again. May raise OSError."""
+        if isinstance(self._storage, Mirrored):
+            self._storage.restore(self._recorded_parts())
+
+    def _recorded_parts(self) -> list[tuple[int, int]]:
+        """The header and all datasets; what others have added to the file's HDF5 structure is theirs."""
+        places = self._layout.places.values()
+        return [(0, len(self._layout.header)), *((place.offset, place.end) for place in places)]
+
     def rescue(self, surface: Surface, folders: Iterable[Path]) -> Path | None:
         """Save what the disk did not take, with all the rest, to the first of some folders that takes it.
 
         However that ends, the results wait no longer for their own place. Returns the new file's name, if any.
         """
-        assert self.path is not None
+        assert self._where is not None
         self._pending, self._pending_failures = [], {}
         for folder in folders:
             with contextlib.suppress(OSError, InputError):
-                path = free_name(folder / self.path.name, "rescued")
+                path = free_name(folder / self._where.name, "rescued")
                 SurfaceFile.write(path, surface)
                 return path
         return None
@@ -334,10 +352,13 @@ class SurfaceFile:
         """How often each point was begun without coming to an end, of the grid's shape."""
         return np.frombuffer(bytes(self._attempts), np.uint8).reshape(self.grid.shape)
 
-    def forgive(self) -> None:
-        """Forget the attempts at points that have failed: they get a new chance."""
-        points = np.flatnonzero((self._status == Status.FAILED) & (self.attempts().ravel() > 0))
-        self._note_attempts(points, -255)
+    def forgive(self, most: int) -> None:
+        """Leave points that have failed no more than so many attempts: they get a new chance."""
+        attempts = self.attempts().ravel()
+        for count in range(most + 1, int(attempts.max(initial=0)) + 1):
+            self._note_attempts(
+                np.flatnonzero((self._status == Status.FAILED) & (attempts == count)), most - count
+            )
 
     def differing(self, points: Points, values: Values) -> Points:
         """Which of these points have been recorded with other values, bit for bit."""
@@ -440,6 +461,11 @@ def opened(path: Path, *, write: bool) -> Disk:
         raise InputError(
             f"{path} cannot be {verb} ({error.strerror}): check its permissions, or choose another --out"
         ) from error
+
+
+def _mirrored(disk: Disk) -> Storage:
+    """A file with its bytes in memory too, where those are not too many."""
+    return Mirrored(disk) if disk.size() <= MOST_MIRRORED else disk
 
 
 @contextlib.contextmanager

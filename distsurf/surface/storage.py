@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -81,7 +82,7 @@ class Disk:
     """A file that stays open. Locks are no matter of it: `distsurf.surface.claim`."""
 
     def __init__(self, path: Path, *, write: bool):
-        self.path = path
+        self.path = path.absolute()  # a model may change the folder
         self._descriptor = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
 
     def size(self) -> int:
@@ -117,3 +118,54 @@ class Disk:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+class CutOff(OSError):
+    """Somebody has shortened a file that is being written."""
+
+
+class Mirrored:
+    """A file that is being written, with all its bytes in memory: what others do to it loses nothing."""
+
+    def __init__(self, disk: Disk):
+        self._disk = disk
+        self._bytes = bytearray(disk.read(0, disk.size()))
+
+    def size(self) -> int:
+        return len(self._bytes)
+
+    def read(self, offset: int, size: int) -> bytes:
+        if offset + size > len(self._bytes):
+            raise DamagedFile(f"it ends {offset + size - len(self._bytes):,} bytes too early")
+        return bytes(self._bytes[offset : offset + size])
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        self._disk.write(offset, view)
+        self._bytes[offset : offset + len(view)] = view
+
+    def sync(self) -> None:
+        self._disk.sync()
+
+    def require_in_place(self) -> None:
+        """As `Disk.require_in_place`; raises CutOff where the file has become shorter."""
+        self._disk.require_in_place()
+        if self._disk.size() < len(self._bytes):
+            raise CutOff(errno.EIO, "it has been cut off")
+
+    def differs(self, parts: Iterable[tuple[int, int]]) -> bool:
+        """Whether the file has other bytes than were written, in parts from an offset to another."""
+        if self._disk.size() < len(self._bytes):
+            return True
+        return any(self._disk.read(start, stop - start) != self._bytes[start:stop] for start, stop in parts)
+
+    def restore(self, parts: Iterable[tuple[int, int]]) -> None:
+        """Write these parts again, and all of the file where it was cut off."""
+        if self._disk.size() < len(self._bytes):
+            parts = [(0, len(self._bytes))]
+        for start, stop in parts:
+            self._disk.write(start, memoryview(self._bytes)[start:stop])
+        self._disk.sync()
+
+    def close(self) -> None:
+        self._disk.close()

@@ -83,7 +83,9 @@ def read_each(
     for point in points:
         try:
             found += read(running, point[None], batches, seed)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             found.append(error)
     return found
 
