@@ -94,7 +94,7 @@ def test_a_beginning_that_fails_is_told_to_the_others(
         def send(self, rank: int, message: Any) -> None:
             self.sent.append((rank, message))
 
-    def unreadable(self: SurfaceFile) -> None:
+    def unreadable(self: SurfaceFile, most: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     ranks, stop = Three(), StopRequest()

@@ -290,8 +290,8 @@ class SurfaceFile:
             self._storage.restore(self._recorded_parts())
 
     def _recorded_parts(self) -> list[tuple[int, int]]:
-        """The header and all datasets; what others have added to the file's HDF5 structure is theirs."""
-        places = self._layout.places.values()
+        """The header and all datasets but the claim; what others have added to the HDF5 structure is theirs."""
+        places = [place for name, place in self._layout.places.items() if name != "state/writer"]
         return [(0, len(self._layout.header)), *((place.offset, place.end) for place in places)]
 
     def rescue(self, surface: Surface, folders: Iterable[Path]) -> Path | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,8 +108,9 @@ class Site:
 
 
 @pytest.fixture
-def site(slurm: Slurm, processes: Processes) -> Site:
-    return Site(slurm, processes)
+def site(slurm: Slurm, processes: Processes) -> Iterator[Site]:
+    yield Site(slurm, processes)
+    slurm.ask("scancel", "--user=root")
 
 
 def test_an_array_with_its_merge(site: Site) -> None:
@@ -151,8 +154,7 @@ def test_a_preempted_job_comes_back(site: Site, partition: str) -> None:
 
 
 def test_a_job_comes_back_after_its_walltime(site: Site) -> None:
-    script = site.submit("--nodes", 1, "--time", "00:01:00", "--signal", "USR2@20", slow=0.5)
-    assert script
+    site.submit("--nodes", 1, "--time", "00:01:00", "--signal", "USR2@35", slow=0.3)
     site.wait_until_done()
     site.require_truth()
     assert "is requeued for end of its walltime" in site.logs()
@@ -160,16 +162,18 @@ def test_a_job_comes_back_after_its_walltime(site: Site) -> None:
 
 
 def test_a_node_that_goes_down(site: Site) -> None:
-    """SLURM starts the task on the other node while the old one may still run: one of them writes."""
-    array = site.submit("--array", "2", "--nodelist", "n1", slow=0.1)
+    """SLURM starts the job on the other node while the old one may still run: one of them writes."""
+    job = site.submit("--nodes", 1, slow=0.1)
     site.wait_for(lambda: site.points() > 10)
-    site.slurm.ask("scontrol", "update", f"jobid={array}", "nodelist=")
-    site.slurm.ask("scontrol", "update", "node=n1", "state=down", "reason=test")
+    node = site.slurm.ask("squeue", "-h", "-j", job, "-o", "%N")
+    site.slurm.ask("scontrol", "update", f"node={node}", "state=down", "reason=test")
     try:
         site.wait_until_done()
     finally:
-        site.slurm.ask("scontrol", "update", "node=n1", "state=resume")
+        with contextlib.suppress(subprocess.CalledProcessError):  # it may have come back by itself
+            site.slurm.ask("scontrol", "update", f"node={node}", "state=resume")
     site.require_truth()
+    assert "restart 1 (SLURM_RESTART_COUNT)" in site.logs()
 
 
 def test_a_refused_job_leaves_nothing(site: Site) -> None:

@@ -50,7 +50,7 @@ class Misbehaving:
     def __init__(self, kind: str, rank: int, pulse: Pulse, options: dict[str, Any]):
         self._kind, self._rank, self._pulse = kind, rank, pulse
         self._seconds = float(options.get("seconds", 0.002))
-        self._point = int(options.get("point", 57))
+        self._points = GRID.coordinates(np.array(options.get("points", [options.get("point", 57)])))
         self._ranks = options.get("sick", [])
         self._count = 0
         log = options.get("log")
@@ -61,8 +61,8 @@ class Misbehaving:
         self._count += 1
         if self._log is not None:
             os.write(self._log, b".")  # so that a test knows how often points were evaluated in all
-        at = GRID.coordinates(np.array([self._point]))[0]
-        here = (coordinates == at).all() if not self._ranks else self._rank in self._ranks and self._count > 5
+        at_one = (coordinates == self._points).all(axis=1).any()
+        here = at_one if not self._ranks else self._rank in self._ranks and self._count > 5
         if here:
             self._misbehave()
         if self._pulse():

@@ -275,3 +275,36 @@ def test_readers_see_a_file_that_is_being_written(path: Path) -> None:
     assert counts == sorted(counts)
     assert np.unique(counts).size > 2
     assert Surface.load(path).complete
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_two_points_that_kill_do_not_take_others_with_them(path: Path, ranks: int) -> None:
+    """However often it is started: only they fail, each time last and alone, and everything else has its value."""
+    deadly = [31, 210]
+    for _ in range(16):
+        Job(path, "die", ranks=ranks, points=deadly, shard_seconds=0.05).end()
+        if not (require_truth(path).status == Status.PENDING).any():
+            break
+    surface = require_truth(path)
+    assert np.flatnonzero(surface.status.ravel() == Status.FAILED).tolist() == deadly
+    assert surface.count(Status.EVALUATED) == GRID.size - 2
+    Job(path, "die", ranks=ranks, points=deadly).end()  # tried again, to no harm
+    assert require_truth(path).count(Status.EVALUATED) == GRID.size - 2
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "zeroed"])
+def test_a_file_that_others_change_during_the_run_is_whole_in_the_end(path: Path, how: str) -> None:
+    job = Job(path, seconds=0.02)
+    job.wait_for_points(60)
+    with open(path, "r+b") as file:
+        if how == "zeroed":
+            with SurfaceFile.open(path) as opened:
+                place = opened._layout.places["train_loss"]
+            file.seek(place.offset)
+            file.write(bytes(place.end - place.offset))
+        else:
+            file.truncate(0 if how == "empty" else 20_000)
+    ended = job.end()
+    assert ended.code == 0, ended.err
+    assert "had been changed by others and is whole again" in ended.out
+    assert require_truth(path).complete
