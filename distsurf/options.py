@@ -23,6 +23,7 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf status surface.h5     what is in a surface file, finished or not
   distsurf plot surface.h5       draw it
   distsurf check surface.h5      is the file sound and complete? (--repair)
+  distsurf submit my.toml --array 16   on a SLURM cluster; then: status runs/my
   distsurf plan my.toml --ranks 64   how long it will take, and what memory
   distsurf bench my.toml         how fast it is beside other ways to do it
 

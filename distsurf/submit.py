@@ -65,6 +65,13 @@ class Wish:
     """srun's ``--mpi`` for the MPI library."""
 
 
+EXAMPLES = (
+    Wish("my.toml", nodes=2, gpus_per_node=4, options=("--cpus-per-task=8",)),
+    Wish("my.toml", shards=8, at_once=4, gpus_per_node=1, options=("--cpus-per-task=8",)),
+)
+"""What the scripts in ``slurm/`` ask for: they are what `scripts` makes of this."""
+
+
 @dataclass(frozen=True)
 class Submitted:
     """What was submitted: jobs' numbers, and of how many shards the surface is."""

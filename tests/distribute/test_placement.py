@@ -59,3 +59,13 @@ def test_threads_and_devices_by_choice() -> None:
     for device in ("cuda:7", "gpu", "tpu:0"):
         with pytest.raises(InputError, match="expected auto, cpu, cuda or cuda:N"):
             place(Ranks(), device=device)
+
+
+@pytest.mark.parametrize("gpus", [0], indirect=True)
+def test_threads_are_no_more_than_slurm_gives(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does not bind tasks to their cores."""
+    monkeypatch.setattr(placement, "usable_cores", lambda: list(range(16)))
+    assert place(Ranks()).threads == 16
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert place(Ranks()).threads == 3
+    assert place(Ranks(), threads=5).threads == 5

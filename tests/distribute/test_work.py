@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from distsurf.distribute import work
 from distsurf.distribute.coordinator import FullPlan, Order, Shard
 from distsurf.distribute.ranks import Ranks
 from distsurf.distribute.signals import StopRequest
@@ -243,3 +245,65 @@ def test_a_worker_that_gets_several_messages_at_once_takes_all_of_them() -> None
     bad = Farewell(("the file is another job's", 1), (), None)
     with pytest.raises(DistsurfError, match="another job"):
         follow(Mail([bad]), Quadratic(), GRID, Pulse(lambda: False), Patience(5.0))
+
+
+def test_a_batch_that_does_not_end_is_not_waited_for_after_a_request_to_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long before its silence would tell."""
+    monkeypatch.setattr(work, "STOP_SECONDS", 0.3)
+    stop, over, said = StopRequest(), threading.Event(), []
+
+    def before(x: float, y: float) -> None:
+        if (x, y) == (0, 1):
+            stop.ask("test")
+            over.wait(60)
+
+    file, failed = _run(Quadratic(before), stop, patience=Patience(600), say=said.append)
+    assert "its batch has not ended 0.3 s after the request to stop" in said[0]
+    assert failed == {}
+    assert 0 < file.read().count(Status.EVALUATED) < GRID.size
+    over.set()
+
+
+class Odd(BaseException):
+    """An exception that is no Exception, and has no message."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("none")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (Odd(), "Odd: (its message cannot be shown)"),
+        (GeneratorExit(), "GeneratorExit"),
+        (ValueError("a\udcffb\nc"), r"ValueError: a\udcffb c"),
+    ],
+    ids=["no message", "base", "no text"],
+)
+def test_odd_exceptions_are_failures_of_their_point(error: BaseException, words: str) -> None:
+    def before(x: float, y: float) -> None:
+        if (x, y) == (0, 1):
+            raise error
+
+    file, failed = _run(Quadratic(before))
+    assert file.read().count(Status.EVALUATED) == GRID.size - 1
+    assert [words in reason for reason in failed.values()] == [True]
+
+
+def test_a_copy_that_the_model_makes_does_not_go_on() -> None:
+    """Whether it raises or returns: two processes would write the same results."""
+    copies: list[int] = []
+
+    def before(x: float, y: float) -> None:
+        if (x, y) in ((0, 1), (0.5, 1)):
+            copy = os.fork()
+            if copy == 0 and x == 0:
+                raise ValueError("in the copy")
+            copies.append(copy)
+
+    file, failed = _run(Quadratic(before))
+    assert [os.waitpid(copy, 0)[1] for copy in copies] == [256, 256]  # exit code 1
+    assert file.read().complete
+    assert failed == {}
