@@ -108,6 +108,13 @@ def _run(options: argparse.Namespace) -> int:
     under = _launcher(options)
     if under is not None:
         return _launch(_job(options.job, options.set), options, _shard(options), under)
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if launched() is None and tasks not in ("", "1"):
+        print(
+            f"distsurf: note: this SLURM job has {tasks} tasks, and this is one process; to use them all: "
+            "--under srun, or srun --mpi=pmi2 distsurf run …",
+            file=sys.stderr,
+        )
     with connected() as ranks, interrupted_by_signals():
         try:
             # Only now: a rank that cannot read the job must be able to tell the others.
@@ -140,7 +147,12 @@ def _launcher(options: argparse.Namespace) -> list[str] | None:
 
     if options.ranks and options.under is not None:
         raise InputError("--ranks N is short for --under 'mpirun -n N': leave one of the two out")
-    if launched() is not None and (options.ranks or options.under or options.restarts or options.requeues):
+    start = launched()  # a step of one task may be the shell of an interactive allocation
+    if (
+        start is not None
+        and start[1] > 1
+        and (options.ranks or options.under or options.restarts or options.requeues)
+    ):
         raise InputError(
             "--ranks, --under, --restarts and --requeues start the ranks, and this is a rank already: leave them out"
         )
@@ -161,6 +173,7 @@ def _launch(job: Job, options: argparse.Namespace, shard: ArrayShard | None, und
     arguments += [part for override in options.set for part in ("--set", override)]
     arguments += ["--shard", str(shard or "0/1")]
     arguments += ["--progress", options.progress] + ["--no-pictures"] * options.no_pictures
+    arguments += ["--debug"] * options.debug
     launcher = Launcher(under)
     out = Path(options.out) if options.out else job.path
     path = shard.path(out) if shard else out

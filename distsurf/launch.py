@@ -163,9 +163,9 @@ def _has_children(pid: int) -> bool:
 
 
 def leave_stop_note(reason: str) -> None:
-    """Rank 0, where a `Launcher` started it: tell that by what the evaluation was stopped."""
+    """Rank 0, where a `Launcher` started it: tell that by which signal the evaluation was stopped."""
     path = os.environ.get(STOP_NOTE)
-    if path is not None and reason:
+    if path is not None and reason.startswith(("SIG", "a signal")):
         with contextlib.suppress(OSError):  # on another node: then it does not reach the launcher
             Path(path).write_text(reason)
 

@@ -82,8 +82,15 @@ def surfaces_in(folder: Path) -> dict[Path, dict[Path, ArrayShard]]:
 def shard_of_array_task(environment: Mapping[str, str] = os.environ) -> ArrayShard | None:
     """The shard that a SLURM array task is, if this is one. Raises InputError where the array is not 0 to N-1.
 
-    A part of an array (``--array=3,7-9``) does not tell of how many shards the job is.
+    A part of an array (``--array=3,7-9``) does not tell of how many shards the job is, nor do arrays of PBS and LSF:
+    each of their tasks would do the whole job.
     """
+    for scheduler, variable in (("PBS", "PBS_ARRAY_INDEX"), ("LSF", "LSB_JOBINDEX")):
+        if environment.get(variable, "0") != "0" and "SLURM_JOB_ID" not in environment:
+            raise InputError(
+                f"task {environment[variable]} of an array of {scheduler}'s: give --shard I/N, with I from 0 to N-1 "
+                f"(from ${variable}), or 0/1 for the whole job"
+            )
     told = [environment.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN", "MAX")]
     if told[0] is None or told[1] is None:
         return None

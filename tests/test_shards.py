@@ -55,6 +55,13 @@ def test_a_part_of_an_array_does_not_tell_the_shards(index: int, count: int, lea
         shard_of_array_task(_task(index, count, least, most))
 
 
+@pytest.mark.parametrize("variable", ["PBS_ARRAY_INDEX", "LSB_JOBINDEX"])
+def test_arrays_of_other_schedulers_have_to_be_told(variable: str) -> None:
+    with pytest.raises(InputError, match=r"give --shard I/N"):
+        shard_of_array_task({variable: "3"})
+    assert shard_of_array_task({variable: "0"}) is None  # LSF's for a job that is no array
+
+
 @given(st.sets(st.integers(0, 200), min_size=1))
 def test_array_notation(indices: set[int]) -> None:
     read = set()
