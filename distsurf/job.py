@@ -230,6 +230,8 @@ class Job(Section):
             table = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"{origin} is not TOML: {error}") from error
+        except RecursionError:
+            raise InputError(f"{origin}: its tables are nested too deeply") from None
         for override in overrides:
             _override(table, override)
         return cls.build(table, origin)
@@ -286,7 +288,7 @@ def _override(table: dict[str, Any], text: str) -> None:
             raise InputError(f"--set {text!r}: {section} is a value, not a section")
     try:
         table[last] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         table[last] = value.strip()
 
 

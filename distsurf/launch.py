@@ -86,7 +86,8 @@ def run_again(
             raise Incomplete(f"stopped by {reason}; {left}: the same command continues")
         if now.progress <= before.progress:
             raise Incomplete(
-                f"start {number + 1} ended with {code} and brought the surface no further; {left}"
+                f"start {number + 1} ended with {code} and brought the surface no further; {left}. "
+                "What was printed above may tell why; ranks that are killed, for want of memory say, print nothing"
             )
         if number < restarts:
             say(f"start {number + 1} ended with {code}; {left}: start {number + 2} of at most {restarts + 1}")

@@ -207,7 +207,8 @@ def run(
         placement.apply()
         stop = StopRequest()
         pulse = Pulse(stop)
-        trying = partial(_watched, ranks, pulse, job.run.silence)
+        where = "the origin and the corners of the grid; --plain leaves the corners out"
+        trying = partial(_watched, ranks, pulse, job.run.silence, where if job.run.fast else "the origin")
         with contextlib.ExitStack() as stack:
             stack.enter_context(_same_folder())
             with ranks.together(), trying(), _same_folder():
@@ -287,14 +288,15 @@ def run(
     return outcome.surface
 
 
-def _watched(ranks: Ranks, pulse: Pulse, silence: float) -> contextlib.AbstractContextManager[None]:
+def _watched(
+    ranks: Ranks, pulse: Pulse, silence: float, where: str
+) -> contextlib.AbstractContextManager[None]:
     """While the model is tried, before the evaluation: other ranks must not wait for one that hangs in it for ever."""
 
     def give_up() -> None:
         print(
             f"distsurf: rank {ranks.rank} on {ranks.hosts[ranks.rank]}: no sign of life for {silence:g} s "
-            "(run.silence) while the model was tried at the origin and the corners of the grid; "
-            "--plain leaves the corners out",
+            f"(run.silence) while the model was tried at {where}",
             file=sys.stderr,
         )
         end_now(EXIT_ABORTED)
