@@ -13,7 +13,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -372,38 +372,52 @@ def _status(options: argparse.Namespace) -> int:
 
 def _status_of_folder(folder: Path) -> int:
     """Every surface in a folder, and how far its shards are."""
-    from distsurf import submit
     from distsurf.shards import surfaces_in
-    from distsurf.surface import SurfaceFile
 
     surfaces = surfaces_in(folder)
     if not surfaces:
         raise InputError(f"there is no surface file in {folder}, and no shard of one")
     for whole, shards in surfaces.items():
-        count = max((shard.count for shard in shards.values()), default=0)
-        with SurfaceFile.open(whole if whole.exists() else next(iter(shards))) as file:
-            grid, status = file.grid, file.status()
-        if whole.exists():
-            print(f"{whole}: {int((status % 3 > 0).sum()):,} of {grid.size:,} points")
-        queue = submit.in_queue(whole)
-        sent = [one.shards for one in submit.read_submitted(whole) if one.shards]
-        count = sent[-1] if sent else count
-        if not count:
-            continue
-        states = submit.shard_states(whole, count, grid)
-        done = sum(state.done for state in states)
-        finished = sum(state.done == state.size for state in states)
-        print(f"{count} shards of {whole}: {finished} complete; {done:,} of {grid.size:,} points")
-        shown = [state for state in states if state.done < state.size or state.shard.index in queue]
-        for state in shown[:MOST_SHOWN]:
-            task = queue.get(state.shard.index)
-            what = f"  {task.job}_{task.index} {task.state}" if task else ""
-            why = f" ({task.reason})" if task and task.reason not in ("None", "") else ""
-            trouble = _plain(f"  {state.trouble}") if state.trouble else ""
-            print(f"  {state.shard.index:5}  {state.done:,} of {state.size:,}{what}{why}{trouble}")
-        if len(shown) > MOST_SHOWN:
-            print(f"  … and {len(shown) - MOST_SHOWN} more")
+        try:
+            _status_of_shards(whole, shards)
+        except DistsurfError as error:  # a folder may hold anything
+            print(_plain(str(error)))
     return 0
+
+
+def _status_of_shards(whole: Path, shards: Mapping[Path, ArrayShard]) -> None:
+    from distsurf import submit
+    from distsurf.shards import ArrayShard
+    from distsurf.surface import SurfaceFile
+
+    with SurfaceFile.open(whole if whole.exists() else next(iter(shards))) as file:
+        grid = file.grid
+    if whole.exists():
+        state = submit.state_of(whole, ArrayShard(0, 1), grid)
+        print(f"{whole}: {state.done:,} of {state.size:,} points{_in_brackets(state.trouble)}")
+    sent = [one.shards for one in submit.read_submitted(whole) if one.shards]
+    count = sent[-1] if sent else max((shard.count for shard in shards.values()), default=0)
+    if not count:
+        return
+    queue = submit.in_queue(whole)
+    states = submit.shard_states(whole, count, grid)
+    done = sum(state.done for state in states)
+    finished = sum(state.done == state.size for state in states)
+    print(f"{count} shards of {whole}: {finished} complete; {done:,} of {grid.size:,} points")
+    shown = [state for state in states if state.done < state.size or state.shard.index in queue]
+    for state in shown[:MOST_SHOWN]:
+        task = queue.get(state.shard.index)
+        what = f"  {task.job}_{task.index} {task.state}" if task else ""
+        why = _in_brackets("" if task is None or task.reason == "None" else task.reason)
+        print(
+            f"  {state.shard.index:5}  {state.done:,} of {state.size:,}{what}{why}{_in_brackets(state.trouble)}"
+        )
+    if len(shown) > MOST_SHOWN:
+        print(f"  … and {len(shown) - MOST_SHOWN} more")
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({_plain(text)})" if text else ""
 
 
 def _plain(text: str) -> str:

@@ -16,11 +16,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from distsurf.distribute import slurm
 from distsurf.errors import DistsurfError, InputError
 from distsurf.files import replacing
 from distsurf.grid import Grid
-from distsurf.merge import Merged, merge, missing_tasks
+from distsurf.merge import DONE, Merged, merge, missing_tasks
 from distsurf.shards import ArrayShard, shard_files
 from distsurf.surface import Status, SurfaceFile
 
@@ -296,21 +298,22 @@ class ShardState:
 
 def shard_states(whole: Path, count: int, grid: Grid) -> list[ShardState]:
     """How far each of the shards is, by their files."""
-    states = []
-    for index in range(count):
-        shard = ArrayShard(index, count)
-        path, size, done, trouble = shard.path(whole), len(range(index, grid.size, count)), 0, ""
-        if path.exists():
-            try:
-                with SurfaceFile.open(path) as file:
-                    status = file.status().ravel()[file.points()]
-                done = int(((status == Status.EVALUATED) | (status == Status.INTERPOLATED)).sum())
-                failed = int((status == Status.FAILED).sum())
-                trouble = f"{failed} failed" if failed else ""
-            except DistsurfError as error:
-                trouble = str(error)
-        states.append(ShardState(shard, done, size, trouble))
-    return states
+    shards = [ArrayShard(index, count) for index in range(count)]
+    return [state_of(shard.path(whole), shard, grid) for shard in shards]
+
+
+def state_of(path: Path, shard: ArrayShard, grid: Grid) -> ShardState:
+    """How far a file is that has a shard's points."""
+    size = len(range(shard.index, grid.size, shard.count))
+    if not path.exists():
+        return ShardState(shard, 0, size)
+    try:
+        with SurfaceFile.open(path) as file:
+            status = file.status().ravel()[file.points()]
+    except DistsurfError as error:
+        return ShardState(shard, 0, size, str(error))
+    failed = int((status == Status.FAILED).sum())
+    return ShardState(shard, int(np.isin(status, DONE).sum()), size, f"{failed} failed" if failed else "")
 
 
 def still_missing(whole: Path, count: int) -> tuple[Merged | None, list[int]]:

@@ -14,6 +14,7 @@ from distsurf.distribute.slurm import SlurmJob
 from distsurf.errors import Incomplete, InputError
 from distsurf.grid import Grid
 from distsurf.requeue import Requeues
+from distsurf.shards import ArrayShard
 from distsurf.submit import EXAMPLES, parse_array, scripts, walltime
 from distsurf.surface import Column, SurfaceFile
 from tests.conftest import ROOT
@@ -228,3 +229,24 @@ def test_a_refusal_of_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert SlurmJob("7", 0).facts() == {
         "JobId": "7", "JobName": "a b", "JobState": "RUNNING", "Reason": "None", "Comment": "",
     }  # fmt: skip
+
+
+def test_status_of_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid, whole = Grid.parse({"x": "0:1:9"}), folder / "s.h5"
+    for index, most in ((0, 3), (2, 1)):
+        shard = ArrayShard(index, 3)
+        with SurfaceFile.create(
+            shard.path(whole), grid, (Column("loss"),), facts={"shard": str(shard)}
+        ) as file:
+            points = file.points()[:most]
+            file.record(points, np.ones((most, 1)), np.ones(most))
+    (folder / "other.h5").write_text("something else")
+    assert main(["status", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert f"3 shards of {whole}: 1 complete; 4 of 9 points" in told
+    assert [line.split() for line in told.splitlines() if line.startswith("  ")] == [
+        ["1", "0", "of", "3"], ["2", "1", "of", "3"],
+    ]  # fmt: skip
+    assert "other.h5 is not a surface file of distsurf" in told
+    (folder / "empty").mkdir()
+    assert main(["status", str(folder / "empty")]) == 1
