@@ -11,6 +11,7 @@ asked of SLURM, at the end of each start:
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -18,10 +19,13 @@ from datetime import datetime
 from pathlib import Path
 
 from distsurf.distribute.slurm import SlurmJob
-from distsurf.errors import Incomplete
+from distsurf.errors import Incomplete, InputError
 from distsurf.files import replacing
 from distsurf.launch import state
+from distsurf.surface.claim import require_unclaimed
 
+MOST_WAITING = 3600.0
+"""Seconds for which a start waits for an earlier one that still writes."""
 MOST_BARREN = 3
 """So many starts in a row may bring nothing: one may be preempted before its first point."""
 WALLTIME, PREEMPTED, DEATHS = "end of its walltime", "preemption", "death of its ranks"
@@ -68,6 +72,23 @@ class Requeues:
                 f"the last {MOST_BARREN} starts of job {self._job.name} brought the surface no further: it is not "
                 "started again; its log tells why they ended"
             )
+        self._wait_for_the_last_start()
+
+    def _wait_for_the_last_start(self) -> None:
+        """A node that is declared dead may work on: what it started holds the file, until it is through or dies."""
+        has_said = False
+        end = time.monotonic() + MOST_WAITING
+        while self._job.restarts and self._path.exists():
+            try:
+                require_unclaimed(self._path)
+                return
+            except InputError as error:
+                if time.monotonic() > end:
+                    raise
+                if not has_said:
+                    self._say(f"{error}; this start waits for it")
+                    has_said = True
+            time.sleep(2)
 
     def end(self, stopped: str) -> str:
         """After a start that left points to do: requeue the job, which ends this process, or say why not.

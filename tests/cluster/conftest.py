@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.slurm import Slurm, missing
+from tests.cluster.slurm import IsolatedSlurm, Slurm, missing, missing_namespaces
 
 
 @pytest.fixture(scope="session")
@@ -19,5 +19,15 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
             pytest.fail(why_not)
         pytest.skip(why_not)
     cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def isolated_slurm(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[IsolatedSlurm]:
+    """Another one, whose nodes can crash and be cut off; skipped where the machine has no network namespaces."""
+    if why_not := missing_namespaces():
+        pytest.skip(why_not)
+    cluster = IsolatedSlurm(tmp_path_factory.mktemp("isolated"))
     yield cluster
     cluster.close()

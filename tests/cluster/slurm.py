@@ -14,7 +14,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
 CONFIGURATION = """
 ClusterName=t
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -36,8 +36,7 @@ ReturnToService=2
 MpiDefault=pmi2
 PropagateResourceLimits=NONE
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=10000,bf_interval=1
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=8
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=8
+{nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=p Nodes=ALL Default=YES PreemptMode=OFF
@@ -59,8 +58,22 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
+def missing_namespaces() -> str:
+    """Why nodes cannot be network namespaces here; empty if they can."""
+    if absent := [name for name in ("ip", "nsenter", "unshare") if _program(name) is None]:
+        return f"no {', '.join(absent)} on this machine"
+    try:
+        _ip("link", "add", "dstry", "type", "bridge")
+        _ip("link", "del", "dstry")
+    except subprocess.CalledProcessError as error:
+        return f"no bridges on this machine: {error.stderr.strip()}"
+    return ""
+
+
 class Slurm:
     """Two nodes of eight CPUs, up from here to `close`."""
+
+    address = "127.0.0.1"
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -69,17 +82,33 @@ class Slurm:
             (folder / name).mkdir()
         port, port1, port2 = _free_ports(3)
         host = socket.gethostname().split(".")[0]
-        text = CONFIGURATION.format(folder=folder, host=host, port=port, port1=port1, port2=port2)
+        text = CONFIGURATION.format(
+            folder=folder, host=host, address=self.address, port=port, nodes=self._nodes(host, [port1, port2])
+        )
         (folder / "slurm.conf").write_text(text)
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         self._started_munge = _start_munge()
         self._run("slurmctld")
         for node in ("n1", "n2"):
-            self._run("slurmd", "-N", node)
+            self.start_node(node)
+        self.wait_until_idle()
+
+    def _nodes(self, host: str, ports: list[int]) -> str:
+        return "\n".join(
+            f"NodeName=n{i + 1} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8"
+            for i, port in enumerate(ports)
+        )
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon."""
+        self._run("slurmd", "-N", node)
+
+    def wait_until_idle(self) -> None:
+        """Until both nodes can work."""
         end = time.monotonic() + 30
         while self._states() != {"idle"}:
             if time.monotonic() > end:
-                log = (folder / "slurmctld.log").read_text()[-2000:]
+                log = (self._folder / "slurmctld.log").read_text()[-2000:]
                 self.close()
                 raise AssertionError(f"SLURM does not come up: {self._states()}\n{log}")
             time.sleep(0.1)
@@ -110,6 +139,73 @@ class Slurm:
         if self._started_munge:
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(Path("/run/munge/munged.pid").read_text()), signal.SIGTERM)
+
+
+class IsolatedSlurm(Slurm):
+    """Nodes as network namespaces, with names, processes and shared memory of their own: they can be lost."""
+
+    address = "10.77.0.1"
+
+    def __init__(self, folder: Path):
+        self._nodes_up: dict[str, subprocess.Popen[bytes]] = {}
+        _ip("link", "add", "dsbridge", "type", "bridge")
+        _ip("addr", "add", f"{self.address}/24", "dev", "dsbridge")
+        _ip("link", "set", "dsbridge", "up")
+        for i in (1, 2):
+            _ip("netns", "add", f"dsn{i}")
+            _ip("link", "add", f"dsv{i}", "type", "veth", "peer", "name", f"dsp{i}")
+            _ip("link", "set", f"dsv{i}", "master", "dsbridge")
+            _ip("link", "set", f"dsv{i}", "up")
+            _ip("link", "set", f"dsp{i}", "netns", f"dsn{i}")
+            _ip("-n", f"dsn{i}", "addr", "add", f"10.77.0.1{i}/24", "dev", f"dsp{i}")
+            _ip("-n", f"dsn{i}", "link", "set", f"dsp{i}", "up")
+            _ip("-n", f"dsn{i}", "link", "set", "lo", "up")
+        super().__init__(folder)
+
+    def _nodes(self, host: str, ports: list[int]) -> str:
+        return "\n".join(
+            f"NodeName=n{i} NodeHostname=n{i} NodeAddr=10.77.0.1{i} Port={ports[0]} CPUs=8" for i in (1, 2)
+        )
+
+    def start_node(self, node: str) -> None:
+        inside = f"hostname {node}; mount -t tmpfs tmpfs /dev/shm; exec {_program('slurmd')} -D -N {node}"
+        spaces = "--uts --pid --ipc --mount --fork --kill-child --mount-proc"
+        self._nodes_up[node] = subprocess.Popen(
+            ["nsenter", f"--net=/run/netns/ds{node}", "unshare", *spaces.split(), "sh", "-c", inside],
+            env={**os.environ, **self.environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def crash(self, node: str) -> None:
+        """End every process of a node at once."""
+        self._nodes_up[node].kill()  # which takes all in its process namespace with it
+        self._nodes_up[node].wait()
+
+    def cut(self, node: str) -> None:
+        """Take a node off the network; it works on."""
+        _ip("link", "set", f"dsv{node[1:]}", "down")
+
+    def mend(self, node: str) -> None:
+        """Put a node back on the network."""
+        _ip("link", "set", f"dsv{node[1:]}", "up")
+
+    def close(self) -> None:
+        super().close()
+        for process in self._nodes_up.values():
+            process.kill()
+            process.wait()
+        for i in (1, 2):
+            _ip("link", "del", f"dsv{i}")
+            _ip("netns", "del", f"dsn{i}")
+        _ip("link", "del", "dsbridge")
+
+
+def _ip(*arguments: str) -> None:
+    program = _program("ip")
+    assert program is not None
+    subprocess.run([program, *arguments], check=True, capture_output=True, text=True)
 
 
 def _start_munge() -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from distsurf.surface import Surface
-from tests.cluster.slurm import Slurm
+from tests.cluster.slurm import IsolatedSlurm, Slurm
 from tests.conftest import ROOT, Ended, Processes
 
 NET = """
@@ -202,3 +202,20 @@ def test_one_job_in_an_allocation_over_two_nodes(site: Site, launcher: str) -> N
     )  # fmt: skip
     assert "points/s" in out
     assert Surface.load(site.folder / "s.h5").complete
+
+
+@pytest.mark.parametrize("how", ["crash", "cut"])
+def test_a_node_that_is_lost(isolated_slurm: IsolatedSlurm, processes: Processes, how: str) -> None:
+    """SLURM starts the job again on the other node. One that is cut off works on, and is waited for, or goes on."""
+    site = Site(isolated_slurm, processes)
+    job = site.submit("--nodes", 1, slow=0.2)
+    site.wait_for(lambda: site.points() > 10)
+    node = site.slurm.ask("squeue", "-h", "-j", job, "-o", "%N")
+    getattr(isolated_slurm, how)(node)
+    begun = site.points()
+    site.wait_for(lambda: "restart 1 (SLURM_RESTART_COUNT)" in site.logs(), 240)
+    site.wait_until_done()
+    site.require_truth()
+    if how == "cut":
+        assert begun < 120
+        isolated_slurm.mend(node)
