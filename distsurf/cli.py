@@ -372,11 +372,17 @@ def _status(options: argparse.Namespace) -> int:
 
 def _status_of_folder(folder: Path) -> int:
     """Every surface in a folder, and how far its shards are."""
+    from distsurf import submit
     from distsurf.shards import surfaces_in
 
     surfaces = surfaces_in(folder)
     if not surfaces:
-        raise InputError(f"there is no surface file in {folder}, and no shard of one")
+        sent = submit.read_submitted(folder / "surface.h5")
+        if not sent:
+            raise InputError(f"there is no surface file in {folder}, and no shard of one")
+        jobs = ", ".join(f"{one.job} ({one.shards} shards)" if one.shards else f"{one.job}" for one in sent)
+        print(f"nothing is evaluated yet in {folder}; submitted: {jobs}; squeue -j {sent[-1].job} tells more")
+        return 0
     for whole, shards in surfaces.items():
         try:
             _status_of_shards(whole, shards)
@@ -397,7 +403,7 @@ def _status_of_shards(whole: Path, shards: Mapping[Path, ArrayShard]) -> None:
         print(f"{whole}: {state.done:,} of {state.size:,} points{_in_brackets(state.trouble)}")
     sent = [one.shards for one in submit.read_submitted(whole) if one.shards]
     count = sent[-1] if sent else max((shard.count for shard in shards.values()), default=0)
-    if not count:
+    if count < 2:
         return
     queue = submit.in_queue(whole)
     states = submit.shard_states(whole, count, grid)
@@ -516,7 +522,7 @@ def _submit(options: argparse.Namespace) -> int:
         nodes=options.nodes or 1,
         gpus_per_node=options.gpus_per_node,
         time=time,
-        requeues=options.requeues,
+        requeues=20 if options.requeues is None else options.requeues,
         options=tuple(options.more),
         logs=f"{submit.folder_of(whole)}/",
         folder=os.getcwd(),
@@ -555,15 +561,24 @@ def _submit_missing(job: Job, whole: Path, options: argparse.Namespace) -> int:
     from distsurf import submit
     from distsurf.shards import as_array
 
+    if options.gpus_per_node or options.requeues is not None:
+        raise InputError(
+            f"--missing sends {submit.folder_of(whole)}/array.sbatch again: leave --gpus-per-node and --requeues out, "
+            "or edit that; --time and options of sbatch's go with it"
+        )
     script = submit.folder_of(whole) / "array.sbatch"
     sent = [one for one in submit.read_submitted(whole) if one.shards]
     if not sent or not script.exists():
         raise InputError(f"no array was submitted for {whole}: submit one with --array N")
     count = sent[-1].shards
-    merged, missing = submit.still_missing(whole, count)
-    if merged is not None and merged.surface.complete:
-        print(f"{whole} is complete: nothing is missing")
-        return 0
+    if options.dry_run:  # without a merge: nothing is to be written
+        states = submit.shard_states(whole, count, job.grid.grid())
+        missing = [state.shard.index for state in states if state.done < state.size]
+    else:
+        merged, missing = submit.still_missing(whole, count)
+        if merged is not None and merged.surface.complete:
+            print(f"{whole} is complete: nothing is missing")
+            return 0
     queued = submit.in_queue(whole)
     at_work = [index for index in missing if index in queued and queued[index].is_alive]
     missing = sorted(set(missing) - set(at_work))
@@ -576,7 +591,8 @@ def _submit_missing(job: Job, whole: Path, options: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     scripts = [script, script.with_name("merge.sbatch")]
-    told = submit.send(scripts, whole, count, array, [f"--array={array}", *options.more])
+    time = [] if options.time is None else [f"--time={options.time}"]
+    told = submit.send(scripts, whole, count, array, [f"--array={array}", *time, *options.more])
     _tell_submitted(told, scripts, whole)
     return 0
 

@@ -183,9 +183,7 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         "--gpus-per-node", type=_count, default=0, metavar="G", help="and as many ranks on each node"
     )
     submit.add_argument("--time", metavar="TIME", help="walltime (default: twice what distsurf plan says)")
-    submit.add_argument(
-        "--requeues", type=_count, default=20, metavar="K", help="see distsurf run (default: 20)"
-    )
+    submit.add_argument("--requeues", type=_count, metavar="K", help="see distsurf run (default: 20)")
     submit.add_argument("--out", metavar="FILE.h5", help="the surface file (default: runs/NAME/surface.h5)")
     _add_set(submit)
     submit.add_argument("--dry-run", action="store_true", help="print the scripts; write and submit nothing")

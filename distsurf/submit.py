@@ -119,8 +119,8 @@ def merge_script(wish: Wish) -> str:
         _line("--job-name=distsurf-merge"),
         _line("--ntasks=1"),
         _line("--time=00:30:00"),
-        _line(f"--output={wish.logs}%j-merge.log"),
-        *([_line(f"--chdir={wish.folder}")] if wish.folder else []),
+        _line("--output=" + _quoted(f"{wish.logs}%j-merge.log")),
+        *([_line("--chdir=" + _quoted(wish.folder))] if wish.folder else []),
         *(_line(_joined(option)) for option in about_the_user),
     ]
     where = [] if wish.out is None else [shlex.quote(wish.out)]
@@ -138,8 +138,8 @@ def _lines(wish: Wish, name: str, log: str) -> list[str]:
         "--signal": (f"=USR2@{SIGNAL_SECONDS}", "before the end of its walltime: time to save"),
         "--requeue": ("", "may come back"),
         "--open-mode": ("=append", "one log over all its starts"),
-        "--output": (f"={wish.logs}{log}.log", ""),
-        "--chdir": (f"={wish.folder}", ""),
+        "--output": ("=" + _quoted(f"{wish.logs}{log}.log"), ""),
+        "--chdir": ("=" + _quoted(wish.folder or ""), ""),
     }
     if _has_tasks(wish.options):
         del lines["--ntasks-per-node"]
@@ -152,7 +152,13 @@ def _lines(wish: Wish, name: str, log: str) -> list[str]:
 
 
 def _joined(option: tuple[str, ...]) -> str:
-    return ("=" if option[0].startswith("--") else " ").join(option)
+    name, *value = option
+    return ("=" if name.startswith("--") else " ").join([name, *map(_quoted, value)])
+
+
+def _quoted(value: str) -> str:
+    """A value as sbatch reads it in a script: quoted where it has spaces, or what would begin a comment."""
+    return f'"{value}"' if any(mark in value for mark in " \t#") else value
 
 
 def _line(option: str, why: str = "") -> str:

@@ -250,3 +250,16 @@ def test_status_of_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "other.h5 is not a surface file of distsurf" in told
     (folder / "empty").mkdir()
     assert main(["status", str(folder / "empty")]) == 1
+
+
+def test_folders_with_spaces_are_quoted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--out", "a b/s.h5", "--comment", "x # y", "--time", "5", "--dry-run"]
+    assert main(["submit", "mine.toml", "--array", "2", *given]) == 0
+    script = _script(capsys.readouterr().out)
+    assert '#SBATCH --output="a b/slurm/%A_%a.log"' in script
+    assert '#SBATCH --output="a b/slurm/%j-merge.log"' in script
+
+
+def test_what_missing_cannot_change_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "mine.toml", "--missing", "--requeues", "3"]) == 1
+    assert "array.sbatch again: leave --gpus-per-node and --requeues out" in capsys.readouterr().err

@@ -193,15 +193,20 @@ def test_a_refused_job_leaves_nothing(site: Site) -> None:
     site.wait_until_done()
 
 
-@pytest.mark.parametrize("launcher", ["srun --mpi=pmi2 -n 4", "mpirun -n 4"])
-def test_one_job_in_an_allocation_over_two_nodes(site: Site, launcher: str) -> None:
-    beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    out = site.slurm.ask(
-        "salloc", "-N", 2, "-n", 4, "--ntasks-per-node=2", "env", f"PATH={beside}", f"PYTHONPATH={ROOT}",
-        *launcher.split(), sys.executable, "-m", "tests.faults.runner", site.folder / "s.h5", "good",
-    )  # fmt: skip
-    assert "points/s" in out
-    assert Surface.load(site.folder / "s.h5").complete
+def test_mpirun_in_an_allocation_over_two_nodes(slurm: Slurm, processes: Processes) -> None:
+    """And srun over two nodes: `tests.cluster.test_slurm`."""
+    path = processes.folder / "s.h5"
+    environment = {
+        **slurm.environment,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    allocate = ("salloc", "-N", 2, "-n", 4, "--ntasks-per-node=2")
+    command = ("mpirun", "-n", 4, sys.executable, "-m", "tests.faults.runner", path, "good")
+    ended = processes.end(processes.start(*allocate, *command, env=environment))
+    assert ended.code == 0, (ended.out, ended.err)
+    assert "points/s" in ended.out
+    assert Surface.load(path).complete
 
 
 @pytest.mark.parametrize("how", ["crash", "cut"])
