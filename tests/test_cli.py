@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +319,34 @@ def test_array_tasks_are_shards_by_themselves(
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")
     assert main(["run", "mine.toml"]) == 1
     assert "give --shard 1/N with the N of the whole array" in capsys.readouterr().err
+
+
+def test_a_model_that_changes_the_folder_moves_nothing(folder: Path, processes: Processes) -> None:
+    code = MY_CODE.replace(
+        "def my_loss(outputs, targets):", "def my_loss(outputs, targets):\n    import os; os.chdir('/')"
+    )
+    (folder / "mine.py").write_text(code)
+    ended = processes.python(
+        "-m", "distsurf", "run", "mine.toml", "--set", 'objective.loss="mine.py:my_loss"', "--out", "here.h5"
+    )
+    assert ended.code == 0, (ended.out, ended.err)
+    assert "had been removed" not in ended.out
+    assert Surface.load(folder / "here.h5").complete
+    assert (folder / "here_contour.png").exists()
+
+
+def test_odd_outputs_and_settings_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(folder / "fifo.h5")
+    deep = folder / "deep.toml"
+    deep.write_text("a = " + "[" * 5000 + "]" * 5000)
+    for arguments in (
+        ["mine.toml", "--out", "fifo.h5"],
+        ["mine.toml", "--out", "/dev/null"],
+        ["mine.toml", "--out", "x" * 300 + ".h5"],
+        ["mine.toml", "--set", "run.silence=inf"],
+        ["deep.toml"],
+    ):
+        assert main(["run", *arguments]) == 1
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert "unexpected" not in told
