@@ -240,10 +240,9 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or more")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
+    return int(text)
 
 
 def _add_set(verb: argparse.ArgumentParser) -> None:
