@@ -31,11 +31,6 @@ class Merged:
     is_new: bool
     """Whether there was anything that the file did not have."""
 
-    @property
-    def missing_tasks(self) -> list[int]:
-        """The shards that still have points to evaluate; empty also where the job was not cut into shards."""
-        return missing_tasks(self.surface)
-
 
 def missing_tasks(surface: Surface) -> list[int]:
     """Which shards of a merged surface have points without a value."""

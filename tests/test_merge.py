@@ -12,7 +12,7 @@ import pytest
 from distsurf.cli import main
 from distsurf.errors import DamagedFile, InputError
 from distsurf.grid import Grid
-from distsurf.merge import merge
+from distsurf.merge import merge, missing_tasks
 from distsurf.shards import ArrayShard
 from distsurf.surface import Column, Status, Surface, SurfaceFile
 
@@ -112,7 +112,7 @@ def test_failed_points_keep_their_reason_until_they_have_a_value(whole: Path) ->
     merged = merge(whole)
     assert merged.surface.failures == {point: "out of memory"}
     assert Surface.load(whole).failures == {point: "out of memory"}
-    assert merged.missing_tasks == [0, 1, 2, 3]
+    assert missing_tasks(merged.surface) == [0, 1, 2, 3]
     path.unlink()
     write_shard(whole, 1)
     merge(whole)
@@ -132,7 +132,7 @@ def test_a_shard_that_is_there_twice_is_one(whole: Path) -> None:
     shutil.copy(write_shard(whole, 0), ArrayShard(1, COUNT).path(whole))
     merged = merge(whole)
     assert require_truth(whole).count(Status.EVALUATED) == 9
-    assert merged.missing_tasks == [1, 2, 3]
+    assert missing_tasks(merged.surface) == [1, 2, 3]
 
 
 def test_points_with_two_values_are_refused(whole: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_shard_that_is_being_written(whole: Path) -> None:
             file.commit()
             merge(whole)
             require_truth(whole)
-    assert merge(whole).missing_tasks == [0, 1, 3]
+    assert missing_tasks(merge(whole).surface) == [0, 1, 3]
 
 
 def test_merges_at_the_same_time(whole: Path) -> None:

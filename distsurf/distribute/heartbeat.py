@@ -27,7 +27,6 @@ class Heartbeat:
     """A thread that gives and hears signs of life on a communicator of its own, under MPI_THREAD_MULTIPLE."""
 
     def __init__(self, comm: Any, silence: float = SILENCE, clock: Callable[[], float] = time.monotonic):
-        self.silence = silence
         self._comm, self._clock = comm, clock
         self._peers = range(1, comm.size) if comm.rank == 0 else range(1)
         self._sent: dict[int, Any] = {}
