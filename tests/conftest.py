@@ -24,6 +24,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random models and data each time, whatever ran before."""
+    torch.manual_seed(0)
+
+
 def forget(path: Path, *points: int) -> None:
     """Make a surface file anew, without the values of some points."""
     surface = Surface.load(path)
