@@ -251,12 +251,25 @@ class Job(Section):
     @property
     def fingerprint(self) -> str:
         """Digest of everything in the job that values depend on (not its name, output or placement)."""
+        return hashlib.sha256(json.dumps(self._values_depend_on(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def difference(self, recorded: Job) -> str:
+        """In words what values of a recorded job depend on otherwise than those of this one; empty if nothing."""
+        there, here = recorded._values_depend_on(), self._values_depend_on()
+        return "; ".join(
+            f"{section}.{key} ({there[section].get(key)} there, {here[section].get(key)} here)"
+            for section in here
+            for key in sorted(there[section].keys() | here[section].keys())
+            if there[section].get(key) != here[section].get(key)
+        )
+
+    def _values_depend_on(self) -> dict[str, dict[str, Any]]:
         told = self.model_dump(
             mode="json", by_alias=True, exclude={"name": True, "output": True, "train": True}
         )
         for key in ("device", "threads", "fast"):
             del told["run"][key]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        return told
 
     @property
     def losses(self) -> list[TermSection]:

@@ -86,11 +86,11 @@ def run_again(
             raise Incomplete(f"stopped by {reason}; {left}: the same command continues")
         if now.progress <= before.progress:
             raise Incomplete(
-                f"start {number + 1} ended with {code} and brought the surface no further; {left}. "
+                f"the ranks ended with {code} and brought the surface no further; {left}. "
                 "What was printed above may tell why; ranks that are killed, for want of memory say, print nothing"
             )
         if number < restarts:
-            say(f"start {number + 1} ended with {code}; {left}: start {number + 2} of at most {restarts + 1}")
+            say(f"the ranks ended with {code}; {left}: restart {number + 1} of at most {restarts}")
         before = now
     raise Incomplete(f"{left} after {restarts + 1} starts: the same command continues")
 
@@ -117,7 +117,7 @@ class Launcher:
             with tempfile.NamedTemporaryFile(prefix="distsurf-stopped-") as note:
                 self._process = self._start(arguments, {STOP_NOTE: note.name})
                 code = self._wait(self._process)
-                self.stopped = self.stopped or Path(note.name).read_text()
+                self.stopped = self.stopped or Path(note.name).read_text() or _asked_early(code)
             return code
         finally:
             for number, handler in before.items():
@@ -153,6 +153,17 @@ class Launcher:
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
                 self._process.send_signal(self._passed_on)
+
+
+def _asked_early(code: int) -> str:
+    """The signal by which ranks were asked to stop before the first point, when it kills them; empty for none.
+
+    SIGTERM does not tell: launchers end the other ranks by it where one has died.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        if code in (-number, 128 + number):
+            return number.name
+    return ""
 
 
 def _has_children(pid: int) -> bool:

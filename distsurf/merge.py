@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from distsurf.errors import DamagedFile, InputError
+from distsurf.job import Job
 from distsurf.shards import ArrayShard, shard_files
-from distsurf.surface import Status, Surface, SurfaceFile
+from distsurf.surface import DONE, Status, Surface, SurfaceFile
 from distsurf.surface.claim import require_unclaimed
 
 TURN_SECONDS = 120.0
 """How long a merge waits for another one into the same folder."""
-DONE = (Status.EVALUATED, Status.INTERPOLATED)
 
 
 @dataclass
@@ -57,7 +57,10 @@ def merge(whole: Path, sources: Sequence[Path] = ()) -> Merged:
     named = shard_files(whole)
     paths = list(dict.fromkeys(sources or named))
     if not paths and not whole.exists():
-        raise InputError(f"there are no shards of {whole} beside it ({ArrayShard(0, 8).path(whole).name}, …)")
+        raise InputError(
+            f"there is no {whole}, and no shard of it beside it ({ArrayShard(0, 8).path(whole).name}, …): nothing "
+            "is evaluated yet, or it lies elsewhere"
+        )
     with _turn(whole):
         if whole.exists():
             require_unclaimed(whole)
@@ -79,6 +82,21 @@ def merge(whole: Path, sources: Sequence[Path] = ()) -> Merged:
     return Merged(surface, paths, is_new)
 
 
+def require_files_of(job: Job, whole: Path) -> None:
+    """Raise InputError if the surface or a shard that lies there is of another job, as far as the jobs' texts tell."""
+    for path in [*([whole] if whole.exists() else []), *shard_files(whole)]:
+        with SurfaceFile.open(path) as file:
+            text = file.job
+        try:
+            recorded = Job.read(text)
+        except InputError:  # of another version of distsurf: its fingerprint tells, later
+            continue
+        if differing := job.difference(recorded):
+            raise InputError(
+                f"{path} is of another job: {differing}; move it away, or give another --out or name"
+            )
+
+
 class _Sum:
     """What several files of one job have together."""
 
@@ -96,7 +114,7 @@ class _Sum:
             if self._paths and (differing := file.difference(self.surface.fingerprint)):
                 raise InputError(
                     f"{path} is of another job than {self._paths[0]}; what differs: {differing}. "
-                    "Leave one of the two out"
+                    "Move the one that is not wanted away, or leave it out"
                 )
             surface = file.read()
         self._paths.append(path)
@@ -146,7 +164,7 @@ class _Sum:
                 values = [float(one.values[name].ravel()[point]) for one in (mine, other)]
                 raise InputError(
                     f"{len(differing):,} points have different values in two files, the first at ({where}): {name} is "
-                    f"{values[0]!r} in {first} and {values[1]!r} in {path}; leave one of the two out"
+                    f"{values[0]!r} in {first} and {values[1]!r} in {path}; move one of the two away, or leave it out"
                 )
 
 

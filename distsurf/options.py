@@ -171,9 +171,9 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     submit.add_argument("job", type=Path, metavar="JOB.toml")
     how = submit.add_mutually_exclusive_group()
     how.add_argument(
-        "--array", metavar="N[%M]", help="N shards, M at a time (default: what distsurf plan says)"
+        "-a", "--array", metavar="N[%M]", help="N shards, M at a time (default: what distsurf plan says)"
     )
-    how.add_argument("--nodes", type=_count, default=0, metavar="N", help="one MPI job over N nodes")
+    how.add_argument("-N", "--nodes", type=_positive, metavar="N", help="one MPI job over N nodes")
     how.add_argument(
         "--missing",
         action="store_true",
@@ -182,7 +182,9 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     submit.add_argument(
         "--gpus-per-node", type=_count, default=0, metavar="G", help="and as many ranks on each node"
     )
-    submit.add_argument("--time", metavar="TIME", help="walltime (default: twice what distsurf plan says)")
+    submit.add_argument(
+        "-t", "--time", metavar="TIME", help="walltime (default: twice what distsurf plan says)"
+    )
     submit.add_argument("--requeues", type=_count, metavar="K", help="see distsurf run (default: 20)")
     submit.add_argument("--out", metavar="FILE.h5", help="the surface file (default: runs/NAME/surface.h5)")
     _add_set(submit)
@@ -242,6 +244,12 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
     return int(text)
 
 

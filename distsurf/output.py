@@ -67,7 +67,7 @@ def _require_shard(file: SurfaceFile, shard: ArrayShard | None) -> None:
         there, here = (f"shard {one}" if one else "the whole surface" for one in (file.shard, shard))
         raise InputError(
             f"{file.path} is for {there} of this job, and {here} was asked for; "
-            + (f"give --shard {file.shard}, or another --out" if file.shard else "choose another --out")
+            + (f"move it away, or give --shard {file.shard}" if file.shard else "choose another --out")
         )
 
 

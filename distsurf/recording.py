@@ -18,7 +18,7 @@ from distsurf.distribute.work import Patience, Pulse, call_off, lead
 from distsurf.errors import DistsurfError, InputError
 from distsurf.evaluator import Evaluator
 from distsurf.progress import Mode, Progress, duration
-from distsurf.surface import Status, Surface, SurfaceFile
+from distsurf.surface import DONE, Status, Surface, SurfaceFile
 from distsurf.surface.records import Points, Values
 from distsurf.surface.storage import CutOff
 
@@ -207,7 +207,7 @@ def _what_to_do(file: SurfaceFile, say: Callable[[str], None]) -> tuple[int, Poi
     # What failed in an earlier run is tried again, last of all. What killed its process gets one try, as a suspect.
     file.forgive(MOST_ATTEMPTS - 1)
     status, attempts = file.status().ravel(), file.attempts().ravel()
-    done = np.isin(status, (Status.EVALUATED, Status.INTERPOLATED))
+    done = np.isin(status, DONE)
     deadly = ~done & (attempts >= MOST_ATTEMPTS)
     for point in np.flatnonzero(deadly).tolist():
         file.record_failure(

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from distsurf.distribute.slurm import SlurmJob
+from distsurf.distribute.slurm import SlurmJob, seconds_of
 from distsurf.errors import Incomplete, InputError
 from distsurf.files import replacing
 from distsurf.launch import state
@@ -98,12 +98,14 @@ class Requeues:
         """
         facts = self._job.facts()
         if int(facts.get("Restarts", 0)) > self._job.restarts:
-            self._count(PREEMPTED)
+            self._count(
+                PREEMPTED
+            )  # or somebody requeued it by hand: SLURM's facts begin anew then, and do not tell
             return "SLURM has requeued it"
+        preempted = facts.get("PreemptTime", "None") not in ("None", "Unknown")
         is_over = _walltime_is_over(facts)
         if facts.get("JobState") != "RUNNING" and not is_over:
             return "it was cancelled, and is not requeued"
-        preempted = facts.get("PreemptTime", "None") not in ("None", "Unknown")
         reason = PREEMPTED if preempted else WALLTIME if stopped or is_over else DEATHS
         if self._note.counts.get(reason, 0) >= self._most:
             return (
@@ -139,8 +141,7 @@ class Requeues:
 def _walltime_is_over(facts: dict[str, str]) -> bool:
     """Whether a job has run for as long as it may: SLURM ends it then, unless it asked for a signal before."""
     with suppress(KeyError, ValueError):
-        days, _, clock = facts["TimeLimit"].rpartition("-")
-        hours, minutes, seconds = map(int, clock.split(":"))
-        limit = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-        return (datetime.now() - datetime.fromisoformat(facts["StartTime"])).total_seconds() >= limit
+        limit = seconds_of(facts["TimeLimit"])
+        age = datetime.now() - datetime.fromisoformat(facts["StartTime"])
+        return limit is not None and age.total_seconds() >= limit
     return False

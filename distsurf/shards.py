@@ -21,6 +21,7 @@ from distsurf.errors import InputError
 from distsurf.grid import Grid
 
 MOST_SHARDS = 100_000
+_NAME = re.compile(r"(.+)\.shard-(\d{1,6})-of-(\d{1,6})(\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,21 @@ class ArrayShard:
 
 def shard_files(whole: Path) -> dict[Path, ArrayShard]:
     """The files of shards that lie beside a surface's own file, by their names, in the order of their numbers."""
-    pattern = re.compile(re.escape(whole.stem) + r"\.shard-(\d{1,6})-of-(\d{1,6})" + re.escape(whole.suffix))
     found = {}
     if whole.parent.is_dir():
         for path in whole.parent.iterdir():
-            if match := pattern.fullmatch(path.name):
-                try:
-                    found[path] = ArrayShard(int(match[1]), int(match[2]))
-                except InputError:
-                    continue
+            match = _NAME.fullmatch(path.name)
+            if match and match[1] + match[4] == whole.name:
+                with suppress(InputError):
+                    found[path] = ArrayShard(int(match[2]), int(match[3]))
     return dict(sorted(found.items(), key=lambda item: (item[1].count, item[1].index)))
 
 
 def surfaces_in(folder: Path) -> dict[Path, dict[Path, ArrayShard]]:
     """Every surface in a folder that is there or has shards there, with its shards."""
-    pattern = re.compile(r"(.+)\.shard-\d{1,6}-of-\d{1,6}(\.h5)")
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    wholes = {found[1] + found[2] for name in names if (found := pattern.fullmatch(name))}
-    wholes |= {name for name in names if name.endswith(".h5") and not pattern.fullmatch(name)}
+    wholes = {found[1] + found[4] for name in names if (found := _NAME.fullmatch(name))}
+    wholes |= {name for name in names if name.endswith(".h5") and not _NAME.fullmatch(name)}
     return {folder / name: shard_files(folder / name) for name in sorted(wholes)}
 
 

@@ -11,7 +11,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,17 +22,35 @@ from distsurf.distribute import slurm
 from distsurf.errors import DistsurfError, InputError
 from distsurf.files import replacing
 from distsurf.grid import Grid
-from distsurf.merge import DONE, Merged, merge, missing_tasks
+from distsurf.merge import Merged, merge, missing_tasks
 from distsurf.shards import ArrayShard, shard_files
-from distsurf.surface import Status, SurfaceFile
+from distsurf.surface import DONE, Status, SurfaceFile
 
 SIGNAL_SECONDS = 120
 """How long before the end of its walltime a job is told to save."""
 SPARE = 2.0
 """Walltime asked for, in units of the time that `distsurf plan` predicts: other nodes may be slower, or shared."""
 LEAST_MINUTES = 15
-ABOUT_THE_USER = ("--partition", "-p", "--account", "-A", "--qos", "-q", "--reservation", "--clusters", "-M")
+ABOUT_THE_USER = ("--partition", "--account", "--qos", "--reservation", "--clusters")
 """Options of sbatch's that the merge needs too."""
+LONG_NAMES = {
+    "-A": "--account", "-D": "--chdir", "-d": "--dependency", "-J": "--job-name", "-M": "--clusters", "-n": "--ntasks",
+    "-o": "--output", "-p": "--partition", "-q": "--qos",
+}  # fmt: skip
+"""Options of sbatch's that are looked for here, by their short names."""
+OWN_NAMES = (
+    "--array",
+    "--nodes",
+    "--missing",
+    "--gpus-per-node",
+    "--time",
+    "--requeues",
+    "--out",
+    "--set",
+    "--dry-run",
+)
+JOB_FILE = "job.toml"
+"""The job as it was submitted, beside the scripts that run it."""
 CPUS = 'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # srun does not take it from sbatch by itself'
 TOGETHER = "--kill-on-bad-exit=1 --wait=60"
 """Of srun's options: one rank that dies ends the others, and all start again. They would go on without it, but not
@@ -156,6 +174,14 @@ def _joined(option: tuple[str, ...]) -> str:
     return ("=" if name.startswith("--") else " ").join([name, *map(_quoted, value)])
 
 
+def reference(whole: Path, shards: Iterable[Path]) -> SurfaceFile | None:
+    """A file that tells which job it is all about: the first that can be read, closed; None if there is none."""
+    for path in (*shards, whole):
+        with suppress(DistsurfError), SurfaceFile.open(path) as file:
+            return file
+    return None
+
+
 def _quoted(value: str) -> str:
     """A value as sbatch reads it in a script: quoted where it has spaces, or what would begin a comment."""
     return f'"{value}"' if any(mark in value for mark in " \t#") else value
@@ -180,7 +206,7 @@ def _run(wish: Wish) -> str:
 
 
 def _has_tasks(options: Sequence[str]) -> bool:
-    return any(option[0] in ("--ntasks", "-n", "--ntasks-per-node") for option in _pairs(options))
+    return any(option[0] in ("--ntasks", "--ntasks-per-node") for option in _pairs(options))
 
 
 def _job(wish: Wish) -> list[str]:
@@ -188,12 +214,19 @@ def _job(wish: Wish) -> list[str]:
 
 
 def _pairs(options: Sequence[str]) -> list[tuple[str, ...]]:
-    """sbatch's options, each with its value: ``--a=b``, ``--a b``, ``-a b`` or a flag. Raises InputError."""
+    """sbatch's options, each with its value: ``--a=b``, ``--a b``, ``-a b``, ``-ab`` or a flag. Raises InputError."""
     found: list[tuple[str, ...]] = []
     for word in options:
         if word.startswith("-") and len(word) > 1:
             name, equals, value = word.partition("=")
-            found.append((name, value) if equals else (word,))
+            if not word.startswith("--") and len(word) > 2:
+                name, equals, value = word[:2], "=", word[2:]
+            if whole := next(
+                (own for own in OWN_NAMES if own.startswith(name) and name.startswith("--")), None
+            ):
+                raise InputError(f"{name}: write {whole} in full")
+            name = LONG_NAMES.get(name, name)
+            found.append((name, value) if equals else (name,))
         elif found and len(found[-1]) == 1:
             found[-1] = (*found[-1], word)
         else:
@@ -218,9 +251,52 @@ def scripts(wish: Wish) -> dict[str, str]:
     return {"array.sbatch": array_script(wish), "merge.sbatch": merge_script(wish)}
 
 
-def write_scripts(whole: Path, wish: Wish) -> list[Path]:
-    """Write the scripts, and return them in the order in which they are submitted."""
+def apart(options: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Options of sbatch's for the scripts, and those for this one submission: on what it depends."""
+    pairs = _pairs(options)
+    once = [_joined(pair) for pair in pairs if pair[0] == "--dependency"]
+    return tuple(word for pair in pairs if pair[0] != "--dependency" for word in pair), once
+
+
+def require_time_to_save(wish: Wish) -> None:
+    """Raise InputError where a job's walltime would end before the signal by which it is told to save."""
+    told = {option[0]: option[1:] for option in _pairs(wish.options)}
+    after = re.search(r"@(\d+)$", "".join(told.get("--signal", (f"@{SIGNAL_SECONDS}",))))
+    seconds = slurm.seconds_of(wish.time)
+    if seconds is not None and after is not None and seconds <= int(after[1]):
+        raise InputError(
+            f"--time {wish.time}: the job is told to save {after[1]} s before its walltime ends (--signal), and has no "
+            "time before that; give more"
+        )
+
+
+def require_free(whole: Path, text: str, options: Sequence[str]) -> None:
+    """Raise InputError where a job for this surface is in the queue, unless the new one waits for it.
+
+    What that one reads, the job as it was submitted, has to stay what it is: ``text``.
+    """
+    alive = [job for job in jobs_in_queue(whole) if job.task.is_alive]
+    if not alive:
+        return
+    numbers = ", ".join(str(number) for number in sorted({job.task.job for job in alive}))
+    if not any(option[0] == "--dependency" for option in _pairs(options)):
+        raise InputError(
+            f"job {numbers} for {whole} is in the queue: scancel it first, or have this one wait: "
+            f"--dependency=afterany:{max(job.task.job for job in alive)}"
+        )
+    kept = folder_of(whole) / JOB_FILE
+    if kept.exists() and kept.read_text() != text:
+        raise InputError(
+            f"the job is not as it was submitted with {numbers}, still in the queue, which reads {kept}: "
+            "wait for its end, or give another --out"
+        )
+
+
+def write_scripts(whole: Path, wish: Wish, text: str) -> list[Path]:
+    """Write the job's text and the scripts, and return these in the order in which they are submitted."""
     texts = scripts(wish)
+    with replacing(folder_of(whole) / JOB_FILE) as temporary:
+        temporary.write_text(text)
     paths = [folder_of(whole) / name for name in texts]
     for path, text in zip(paths, texts.values(), strict=True):
         with replacing(path) as temporary:
@@ -302,19 +378,23 @@ class ShardState:
     trouble: str = ""
 
 
-def shard_states(whole: Path, count: int, grid: Grid) -> list[ShardState]:
+def shard_states(whole: Path, count: int, grid: Grid, fingerprint: Mapping[str, str]) -> list[ShardState]:
     """How far each of the shards is, by their files."""
     shards = [ArrayShard(index, count) for index in range(count)]
-    return [state_of(shard.path(whole), shard, grid) for shard in shards]
+    return [state_of(shard.path(whole), shard, grid, fingerprint) for shard in shards]
 
 
-def state_of(path: Path, shard: ArrayShard, grid: Grid) -> ShardState:
-    """How far a file is that has a shard's points."""
+def state_of(path: Path, shard: ArrayShard, grid: Grid, fingerprint: Mapping[str, str]) -> ShardState:
+    """How far a file is that is to have a shard's points; files of other jobs do not count."""
     size = len(range(shard.index, grid.size, shard.count))
     if not path.exists():
         return ShardState(shard, 0, size)
     try:
         with SurfaceFile.open(path) as file:
+            if differing := file.difference(fingerprint):
+                return ShardState(shard, 0, size, f"of another job: {differing}")
+            if (file.shard or ArrayShard(0, 1)) != shard:
+                return ShardState(shard, 0, size, f"it is a copy of shard {file.shard}: move it away")
             status = file.status().ravel()[file.points()]
     except DistsurfError as error:
         return ShardState(shard, 0, size, str(error))
@@ -330,12 +410,31 @@ def still_missing(whole: Path, count: int) -> tuple[Merged | None, list[int]]:
     return merged, missing_tasks(merged.surface)
 
 
-def in_queue(whole: Path) -> dict[int, slurm.Task]:
-    """Array tasks of a surface that SLURM still knows, by their index, the newest submission's."""
+@dataclass(frozen=True)
+class Queued:
+    """A job, or a task of an array, that SLURM still knows."""
+
+    submitted: Submitted
+    task: slurm.Task
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether it is the merge of what was submitted."""
+        return self.task.job == self.submitted.merge
+
+
+def jobs_in_queue(whole: Path) -> list[Queued]:
+    """Jobs of a surface that SLURM still knows, ended ones among them; empty where there is no SLURM."""
+    jobs = {number: one for one in read_submitted(whole) for number in (one.job, one.merge) if number}
+    with suppress(InputError):
+        return [Queued(jobs[task.job], task) for task in slurm.queue(list(jobs)) if task.job in jobs]
+    return []
+
+
+def tasks_of(jobs: Iterable[Queued], count: int) -> dict[int, slurm.Task]:
+    """What SLURM has of arrays of so many shards, by shard: what is at work before what waits, the newest first."""
     told: dict[int, slurm.Task] = {}
-    jobs = {one.job: one for one in read_submitted(whole)}
-    with suppress(InputError):  # no SLURM here
-        for task in slurm.queue(list(jobs)):
-            if task.index is not None and (task.index not in told or task.job > told[task.index].job):
-                told[task.index] = task
+    for job in sorted(jobs, key=lambda job: (job.task.state == "RUNNING", job.task.is_alive, job.task.job)):
+        if job.task.index is not None and job.submitted.shards == count:
+            told[job.task.index] = job.task
     return told

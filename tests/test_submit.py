@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from distsurf import requeue
 from distsurf.cli import main
-from distsurf.distribute.slurm import SlurmJob
+from distsurf.distribute.slurm import SlurmJob, seconds_of
 from distsurf.errors import Incomplete, InputError
 from distsurf.grid import Grid
+from distsurf.job import Job
 from distsurf.requeue import Requeues
 from distsurf.shards import ArrayShard
 from distsurf.submit import EXAMPLES, parse_array, scripts, walltime
@@ -54,13 +56,14 @@ def test_options_of_sbatch_go_into_the_scripts(folder: Path, capsys: pytest.Capt
     assert main(["submit", "mine.toml", "--array", "3%2", "--time", "2:00:00", *more, "--dry-run"]) == 0
     array, merge = (_script(part) for part in capsys.readouterr().out.split("/merge.sbatch"))
     for line in (
-        "--partition=gpu", "-A me", "--mem=8G", "--exclusive", "--signal=USR2@300", "--array=0-2%2", "--time=2:00:00",
+        "--partition=gpu", "--account=me", "--mem=8G", "--exclusive", "--signal=USR2@300",
+        "--array=0-2%2", "--time=2:00:00",
     ):  # fmt: skip
         assert array.count(f"#SBATCH {line}") == 1
     assert sum("--signal" in line for line in array) == 1
     assert array[-1].endswith('--shard "$SLURM_ARRAY_TASK_ID/3"')
     assert "#SBATCH --partition=gpu" in merge
-    assert "#SBATCH -A me" in merge
+    assert "#SBATCH --account=me" in merge
     assert not any("--mem" in line or "--exclusive" in line for line in merge)
     assert not (folder / "runs").exists()
 
@@ -69,7 +72,9 @@ def test_settings_go_to_the_run_and_the_merge(folder: Path, capsys: pytest.Captu
     given = ["--set", "run.precision=bf16", "--out", "a b.h5"]
     assert main(["submit", "mine.toml", "--array", "2", "--time", "5", *given, "--dry-run"]) == 0
     run, merge = [line for line in _script(capsys.readouterr().out) if line.startswith("distsurf")]
-    assert run.startswith("distsurf run mine.toml --set run.precision=bf16 --out 'a b.h5' --under \"srun\"")
+    assert run.startswith(
+        "distsurf run slurm/job.toml --set run.precision=bf16 --out 'a b.h5' --under \"srun\""
+    )
     assert merge == "distsurf merge 'a b.h5'"
 
 
@@ -86,6 +91,13 @@ def test_one_job_over_nodes(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--nodes", "0"], "'0': expected a whole number, 1 or more"),
+        (["--nodes", "1", "--time", "2"], "is told to save 120 s before its walltime ends"),
+        (
+            ["--nodes", "1", "-t", "1:00:00", "--signal=USR1@3600"],
+            "is told to save 3600 s before its walltime ends",
+        ),
+        (["--arr", "3", "--time", "5"], "--arr: write --array in full"),
         (["--array", "0"], "--array 0: expected the number of shards N, or N%M"),
         (["--array", "16", "--time", "5", "--dry-run"], "the grid has 15 points only"),
         (["--array", "2", "--time", "5", "--dry-run", "--exclusive", "a", "b"], "'b' belongs to no option"),
@@ -258,6 +270,87 @@ def test_folders_with_spaces_are_quoted(folder: Path, capsys: pytest.CaptureFixt
     script = _script(capsys.readouterr().out)
     assert '#SBATCH --output="a b/slurm/%A_%a.log"' in script
     assert '#SBATCH --output="a b/slurm/%j-merge.log"' in script
+
+
+def _shard(whole: Path, index: int, count: int, grid: str, job: str = "", most: int = 1) -> Path:
+    """A shard's file with a few points."""
+    shard = ArrayShard(index, count)
+    about: dict[str, Any] = {"facts": {"shard": str(shard)}, "fingerprint": {"grid": grid}, "job": job}
+    with SurfaceFile.create(shard.path(whole), Grid.parse({"x": grid}), (Column("loss"),), **about) as file:
+        points = file.points()[:most]
+        file.record(points, np.ones((most, 1)), np.ones(most))
+    return shard.path(whole)
+
+
+def test_status_tells_shards_of_other_jobs_and_cuts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = folder / "s.h5"
+    for index, count, grid in ((0, 3, "0:1:9"), (1, 3, "0:2:9"), (1, 2, "0:1:9")):
+        _shard(whole, index, count, grid, most=3)
+    shutil.copy(ArrayShard(0, 3).path(whole), ArrayShard(2, 3).path(whole))
+    ArrayShard(0, 2).path(whole).touch()
+    assert main(["status", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert f"2 shards of {whole}: 0 complete; 3 of 9 points" in told
+    assert f"3 shards of {whole}: 1 complete; 3 of 9 points" in told
+    assert "1  0 of 3 (of another job: grid (file 0:2:9, this job 0:1:9))" in told
+    assert "2  0 of 3 (it is a copy of shard 0/3: move it away)" in told
+    assert "0  0 of 5 (" in told
+
+
+@pytest.fixture
+def sbatch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with programs of SLURM's that always say the same, and the log of what was asked."""
+    for name, answer in (("sbatch", "17"), ("squeue", "17|0|PENDING|Resources"), ("scancel", "")):
+        program = folder / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\necho {name} \"$@\" >> {folder}/asked\necho '{answer}'\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=":")
+    return folder
+
+
+def test_a_job_goes_on_as_it_was_submitted(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submit = ["submit", "mine.toml", "--array", "3", "--time", "5"]
+    assert main(submit) == 0
+    assert "submit mine.toml --missing" in capsys.readouterr().out
+    kept = sbatch / "runs/mine/slurm/job.toml"
+    assert kept.read_text() == JOB
+    (sbatch / "mine.toml").write_text(JOB.replace("0:1:3", "0:1:4"))
+    assert main(submit) == 1
+    assert "job 17 for runs/mine/surface.h5 is in the queue: scancel it first" in capsys.readouterr().err
+    assert main([*submit, "-d", "afterany:17"]) == 1
+    assert "the job is not as it was submitted with 17" in capsys.readouterr().err
+    assert main(["submit", "mine.toml", "--missing"]) == 0
+    told = capsys.readouterr()
+    assert "mine.toml has changed; runs/mine/slurm/job.toml is what was submitted" in told.err
+    assert "not sent again: 0\nmissing: --array=1-2 (of 3 shards)" in told.out
+    (sbatch / "mine.toml").write_text(JOB)
+    assert main([*submit, "-d", "afterany:17"]) == 0
+    assert "sbatch --parsable --dependency=afterany:17 runs" in (sbatch / "asked").read_text()
+    assert "afterany:17" not in (sbatch / "runs/mine/slurm/array.sbatch").read_text()
+
+
+def test_files_of_another_job_are_told_before_it_is_submitted(
+    sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = sbatch / "runs/mine/surface.h5"
+    whole.parent.mkdir(parents=True)
+    other = Job.read(JOB, ["grid.x=-1:1:7", "run.precision=bf16"]).to_toml()
+    path = _shard(whole, 1, 3, "0:1:9", other)
+    for command in (["submit", "mine.toml", "--array", "3", "--time", "5"], ["merge", "mine.toml"]):
+        assert main(command) == 1
+        told = capsys.readouterr().err
+        assert "surface.shard-1-of-3.h5 is of another job: grid.x (-1:1:7 there, -1:1:5 here); " in told
+        assert "run.precision (bf16 there, fp32 here); move it away" in told
+    assert not (sbatch / "asked").exists()
+    path.unlink()
+    assert main(["merge", "mine.toml"]) == 1
+    assert "nothing is evaluated yet" in capsys.readouterr().err
+
+
+def test_walltimes_are_read_in_every_form() -> None:
+    told = ["90", "90:30", "1:30:30", "1-12", "1-12:30", "1-12:30:30", "UNLIMITED", "soon"]
+    assert [seconds_of(time) for time in told] == [5400, 5430, 5430, 129600, 131400, 131430, None, None]
 
 
 def test_what_missing_cannot_change_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,18 @@ def submit(script: str, options: Sequence[str] = ()) -> int:
     return int(told.strip().split(";")[0])  # JOBID[;CLUSTER]
 
 
+def seconds_of(time: str) -> float | None:
+    """A walltime in seconds, in any of the forms that ``--time`` has; None where it is none, or has no end."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if found is None:
+        return None
+    days, *clock = (None if part is None else int(part) for part in found.groups())
+    first, second, third = clock
+    if days is not None or third is not None:  # D-H, D-H:M, D-H:M:S, H:M:S
+        return (((days or 0) * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
+    return (first or 0) * 60 + (second or 0)  # M, M:S
+
+
 @dataclass(frozen=True)
 class Task:
     """A job in the queue, or one task of an array."""
@@ -76,6 +88,11 @@ class Task:
     index: int | None
     state: str
     reason: str
+
+    @property
+    def why(self) -> str:
+        """Why it is in this state, where SLURM says so."""
+        return "" if self.reason == "None" else self.reason
 
     @property
     def is_alive(self) -> bool:

@@ -2,6 +2,6 @@
 
 from distsurf.evaluator import Column
 from distsurf.surface.file import SurfaceFile
-from distsurf.surface.surface import Status, Surface
+from distsurf.surface.surface import DONE, Status, Surface
 
-__all__ = ["Column", "Status", "Surface", "SurfaceFile"]
+__all__ = ["DONE", "Column", "Status", "Surface", "SurfaceFile"]

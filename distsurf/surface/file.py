@@ -35,7 +35,7 @@ from distsurf.surface.claim import Claim
 from distsurf.surface.layout import Layout, bytes_needed, lay_out, read_layout
 from distsurf.surface.records import PAGE_BYTES, Points, Problem, Records, Values
 from distsurf.surface.storage import Disk, Memory, Mirrored, Storage
-from distsurf.surface.surface import Status, Surface
+from distsurf.surface.surface import DONE, Status, Surface
 
 MOST_MIRRORED = 1 << 30
 """Bytes of a file that are kept in memory too while it is written: 16 million points."""
@@ -124,7 +124,7 @@ class SurfaceFile:
             about = surface.job, surface.fingerprint, surface.facts
             file = cls(storage, lay_out(storage, surface.grid, surface.columns, *about), None)
             status = surface.status.ravel()
-            for kind in (Status.EVALUATED, Status.INTERPOLATED):
+            for kind in DONE:
                 points = np.flatnonzero(status == kind)
                 values = [surface.values[column.name].ravel()[points] for column in surface.columns]
                 file._write_values(points, np.stack(values, axis=1), surface.cost.ravel()[points], kind)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from distsurf.surface.layout import COST, REASON_BYTES, Layout
 from distsurf.surface.storage import Storage
-from distsurf.surface.surface import Status, Surface
+from distsurf.surface.surface import DONE, Status, Surface
 
 PAGE_BYTES = 4096
 Points = NDArray[np.int64]
@@ -117,7 +117,7 @@ class Records:
         found = np.zeros(len(status), bool)
         stored = self.array("state/checksum")
         values, cost = self.values(), self.array(COST)
-        valued = np.flatnonzero((status == Status.EVALUATED) | (status == Status.INTERPOLATED))
+        valued = np.flatnonzero(np.isin(status, DONE))
         found[valued] = stored[valued] == checksums(valued, values[valued], cost[valued], status[valued])
         failed = np.flatnonzero(status == Status.FAILED)
         # A failed point that has succeeded since keeps its status up to the last moment: its record may be ahead of it.
@@ -144,7 +144,7 @@ class Records:
     def surface(self, status: NDArray[np.uint8], path: Path | None) -> Surface:
         """The points of these statuses ``(points,)``, as a surface."""
         layout, shape = self._layout, self._layout.grid.shape
-        empty = (status != Status.EVALUATED) & (status != Status.INTERPOLATED)
+        empty = ~np.isin(status, DONE)
 
         def of(name: str) -> Values:
             numbers = self.array(name).astype(np.float64)
@@ -184,7 +184,7 @@ class Records:
             problems.append(Problem(f"{len(wrong):,} points do not match their checksums", wrong))
         lost = np.subtract(promised, _totals(status)).max()
         if lost > 0:
-            unmarked = np.flatnonzero((status != Status.EVALUATED) & (status != Status.INTERPOLATED))
+            unmarked = np.flatnonzero(~np.isin(status, DONE))
             text = f"{lost:,} points that had been recorded are not marked so any more"
             problems.append(Problem(text, unmarked[self.complete(status)[unmarked]]))
         reasons = self.failures()
@@ -198,7 +198,7 @@ class Records:
     def complete(self, status: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Which points' values are whole, whatever their status says: it is written last, and can be lost."""
         found = np.zeros(len(status), bool)
-        for kind in (Status.EVALUATED, Status.INTERPOLATED):
+        for kind in DONE:
             found |= self.vouched(np.full(len(status), kind, np.uint8))
         return found
 

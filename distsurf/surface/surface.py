@@ -31,6 +31,10 @@ class Status(IntEnum):
     FAILED = 3
 
 
+DONE = (Status.EVALUATED, Status.INTERPOLATED)
+"""What a point that has a value may be."""
+
+
 @dataclass
 class Surface:
     """Values on a grid.
@@ -111,10 +115,15 @@ class Surface:
         return self.grid.size if self.shard is None else len(self.shard.points(self.grid))
 
     @property
+    def done(self) -> int:
+        """Number of points that have a value."""
+        return int(np.isin(self.status, DONE).sum())
+
+    @property
     def missing(self) -> NDArray[np.int64]:
         """Indices, coarse-to-fine, of the points that are to have values and have none."""
         points = self.grid.coarse_to_fine() if self.shard is None else self.shard.points(self.grid)
-        return points[~np.isin(self.status.ravel()[points], (Status.EVALUATED, Status.INTERPOLATED))]
+        return points[~np.isin(self.status.ravel()[points], DONE)]
 
     @property
     def complete(self) -> bool:

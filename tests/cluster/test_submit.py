@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 def net():
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        time.sleep(float(os.environ.get("SET_UP", "0")))
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
 
@@ -63,13 +65,19 @@ class Site:
         (self.folder / "job.toml").write_text(JOB)
         self.whole = self.folder / "runs/net/surface.h5"
 
-    def distsurf(self, *arguments: object, slow: float = 0) -> Ended:
+    def distsurf(self, *arguments: object, slow: float = 0, set_up: float = 0) -> Ended:
+        """Run a command; jobs that it submits take ``slow`` seconds per point, and ``set_up`` to begin with."""
         command = [sys.executable, "-m", "distsurf", *arguments]
-        environment = {**self.slurm.environment, "SLOW": str(slow), "PYTHONPATH": str(ROOT)}
+        environment = {
+            **self.slurm.environment,
+            "SLOW": str(slow),
+            "SET_UP": str(set_up),
+            "PYTHONPATH": str(ROOT),
+        }
         return self._processes.end(self._processes.start(*command, env=environment))
 
-    def submit(self, *arguments: object, slow: float = 0) -> int:
-        ended = self.distsurf("submit", "job.toml", "--time", "10", *arguments, slow=slow)
+    def submit(self, *arguments: object, **delays: float) -> int:
+        ended = self.distsurf("submit", "job.toml", "--time", "10", *arguments, **delays)
         assert ended.code == 0, ended.err
         found = re.search(r"job (\d+)", ended.out)
         assert found is not None
@@ -154,11 +162,13 @@ def test_a_preempted_job_comes_back(site: Site, partition: str) -> None:
 
 
 def test_a_job_comes_back_after_its_walltime(site: Site) -> None:
-    site.submit("--nodes", 1, "--time", "00:01:00", "--signal", "USR2@35", slow=0.3)
+    """Also if it ends before the first point: the first start gets no further than that."""
+    site.submit("--nodes", 1, "--time", "00:01:00", "--signal", "USR2@35", slow=0.3, set_up=60)
     site.wait_until_done()
     site.require_truth()
-    assert "is requeued for end of its walltime" in site.logs()
-    assert "restart 1 (SLURM_RESTART_COUNT)" in site.logs()
+    assert "is requeued for end of its walltime (1 for end of its walltime)" in site.logs()
+    assert "restart 2 (SLURM_RESTART_COUNT); requeued: 2 for end of its walltime" in site.logs()
+    assert "death" not in site.logs()
 
 
 def test_a_node_that_goes_down(site: Site) -> None:

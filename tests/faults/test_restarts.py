@@ -67,7 +67,7 @@ def test_a_job_whose_rank_dies_completes_by_itself(job: Processes) -> None:
     assert whole.code == 0, whole.err
     ended = job.end(job.start(*job.command(0), *RUN, "--restarts", 9, env={"LIFE": "1.2"}))
     assert ended.code == 0, ended.err
-    assert "points are left: start 2 of at most 10" in ended.err
+    assert "points are left: restart 1 of at most 9" in ended.err
     expected, found = (Surface.load(job.folder / name) for name in ("whole.h5", "runs/mortal/surface.h5"))
     assert found["loss"].tobytes() == expected["loss"].tobytes()
 
@@ -117,7 +117,7 @@ def test_it_goes_on_while_the_file_advances(tmp_path: Path) -> None:
         return run_again(once, path, restarts, is_fresh=False, stopped=lambda: "", say=said.append)
 
     with pytest.raises(
-        Incomplete, match="start 3 ended with 9 and brought the surface no further; 417 points are"
+        Incomplete, match="the ranks ended with 9 and brought the surface no further; 417 points are"
     ):
         restarted([1, 2, 0], 9)
     with pytest.raises(Incomplete, match="after 2 starts"):

@@ -1,0 +1,98 @@
+"""What several verbs do: read a job, draw, and say what a surface is."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distsurf.job import Job
+    from distsurf.surface import Surface
+
+PICTURES = {"contour": "contour", "surface": "3d", "curves": "curves", "slices": "slices"}
+"""What a picture's file is called after, by kind."""
+
+
+def read_job(path: Path | None, overrides: Sequence[str]) -> Job:
+    """The job of a file, or the built-in one."""
+    from distsurf.job import Job
+
+    if path is None:
+        text = resources.files("distsurf").joinpath("default.toml").read_text()
+        return Job.read(text, overrides, origin="the built-in job")
+    return Job.load(path, overrides)
+
+
+def draw(surface: Surface, out: Path) -> list[Path]:
+    """The pictures that fit the number of axes, beside the surface file."""
+    kinds = {1: ["curves"], 2: ["contour", "surface"], 3: ["slices"]}[len(surface.grid.axes)]
+    paths = []
+    for kind in kinds:
+        path = out.with_name(f"{out.stem}_{PICTURES[kind]}.png")
+        surface.plot(path=path, kind=kind)
+        paths.append(path)
+    return paths
+
+
+def own_command() -> str:
+    """How to type ``distsurf`` here: by its path where its environment is not activated."""
+    beside_python = Path(sys.executable).with_name("distsurf")
+    if shutil.which("distsurf") or not beside_python.exists():
+        return "distsurf"
+    return shlex.quote(os.path.relpath(beside_python))
+
+
+def in_lines(surface: Surface) -> list[str]:
+    """A surface in a few lines: size, and each column's minimum, maximum and value at the model."""
+    import numpy as np
+
+    from distsurf.surface import DONE, Status
+
+    told = [s for s in Status if surface.count(s) and not (surface.shard and s == Status.PENDING)]
+    counts = [f"{surface.count(s):,} {s.name.lower()}" for s in told]
+    shape = " × ".join(f"{axis.count}" for axis in surface.grid.axes)
+    if surface.shard is not None:
+        shape = f"shard {surface.shard} of {shape}"
+        left = len(surface.missing)
+        counts += [f"{left:,} of {surface.size:,} to go"] if left else []
+    lines = [f"{shape} points: {', '.join(counts)}"]
+    origin = surface.origin
+    width = max(len(name) for name in surface.names)
+    header = f"{'':{width}}  {'min':>12}  {'max':>12}" + (f"  {'at the model':>12}" if origin else "")
+    lines.append(header)
+    for column in surface.columns:
+        values = surface[column.name]
+        finite = values[np.isfinite(values)]
+        span = [f"{finite.min():12.6g}", f"{finite.max():12.6g}"] if finite.size else [f"{'-':>12}"] * 2
+        row = [f"{column.name:{width}}", *span]
+        if origin:
+            is_there = surface.status[origin] in DONE
+            row.append(f"{values[origin]:12.6g}" if is_there else f"{'-':>12}")
+        strange = surface.done - finite.size
+        note = f"  ({strange:,} not finite)" if strange else ""
+        lines.append("  ".join(row) + (f" {column.unit}" if column.unit else "") + note)
+    return lines
+
+
+def tell_missing(surface: Surface) -> None:
+    """What of a surface is not there, and the shards to send again."""
+    from distsurf.merge import missing_tasks
+    from distsurf.shards import as_array
+    from distsurf.surface import Status
+
+    failed = surface.count(Status.FAILED)
+    print(f"{len(surface.missing) - failed:,} pending, {failed:,} failed: run the job again to continue")
+    tasks = missing_tasks(surface)
+    if tasks:
+        print(f"missing: --array={as_array(tasks)} (of {surface.facts['shards']} shards)")
+
+
+def printable(text: str) -> str:
+    """Text from a file, in one line and without what a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text)
