@@ -10,7 +10,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Live:
     losses: tuple[Callable[..., Any] | None, ...] = ()
     """For every loss of the job the script's callable, None where it has a name."""
     objective: Objective | None = None
+    checkpoints: Mapping[str, Any] = field(default_factory=dict)
+    """Modules and state dicts by the names that the job has for them."""
 
 
 def build_model(job: Job, live: Live | None, seed: int | None = None) -> nn.Module:

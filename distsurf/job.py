@@ -126,14 +126,87 @@ def _as_terms(terms: Iterable[str | TermSection]) -> list[TermSection]:
     return [TermSection(name=term) if isinstance(term, str) else term for term in terms]
 
 
-class DirectionsSection(Section):
-    """The directions that span the surface."""
+class DirectionSection(Section):
+    """The direction of one axis. What is left out is that of ``[directions]``, or the default."""
 
-    kind: Literal["random"] = "random"
-    normalization: Literal["filter", "layer", "weight", "none"] = "filter"
-    ignore: Literal["bias_bn", "none"] = "bias_bn"
-    seed: Annotated[int, Field(ge=0)] = 0
+    kind: Literal["random", "difference", "gradient", "file"] | None = None
+    """``random``: Gaussian numbers. ``difference``: from the model to another ``checkpoint``, which lies at 1.
+    ``gradient``: of the first loss on the training data, uphill. ``file``: from a ``file`` of directions."""
+    checkpoint: str | None = None
+    file: str | None = None
+    normalization: Literal["filter", "layer", "weight", "center", "unit", "none"] | None = None
+    """Left out: ``filter`` for random directions, ``center`` for gradients, else ``none``."""
+    ignore: Literal["bias_bn", "none"] | None = None
+    """Left out: ``bias_bn`` for random directions, else ``none``."""
+    seed: Annotated[int | None, Field(ge=0)] = None
+    """Left out: 0. The axes of one seed are independent of one another."""
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> DirectionSection:
+        for kind, key in (("difference", "checkpoint"), ("file", "file")):
+            if self.kind == kind and getattr(self, key) is None:
+                raise ValueError(f"kind = {kind!r} needs {key}")
+            if self.kind not in (kind, None) and getattr(self, key) is not None:
+                raise ValueError(f"{key} is for kind = {kind!r}")
+        return self
+
+
+class DirectionsSection(DirectionSection):
+    """The directions that span the surface: of all axes, and of each one in ``[directions.x]`` and so on."""
+
+    kind: Literal["random", "difference", "gradient", "file", "plane"] | None = None  # type: ignore[assignment]
+    """And ``plane``: through the model and two other ``checkpoints`` (Garipov et al. 2018)."""
+    checkpoints: list[str] | None = None
     orthogonalize: bool = False
+    x: DirectionSection | None = None
+    y: DirectionSection | None = None
+    z: DirectionSection | None = None
+
+    def axis(self, name: str) -> DirectionSection:
+        """The direction of an axis, with every value that it has."""
+        own: DirectionSection | None = getattr(self, name)
+        told = {} if own is None else own.model_dump(exclude_none=True)
+        if "kind" not in told:
+            told = {**self.model_dump(exclude_none=True, include={"kind", "checkpoint", "file"}), **told}
+        general = self.model_dump(exclude_none=True, include={"normalization", "ignore", "seed"})
+        told = {"kind": "random", "seed": 0, **general, **told}
+        is_random = told["kind"] == "random"
+        length = "filter" if is_random else "center" if told["kind"] == "gradient" else "none"
+        return DirectionSection(
+            **{"normalization": length, "ignore": "bias_bn" if is_random else "none", **told}
+        )
+
+    def told(self, axes: Iterable[str]) -> dict[str, Any]:
+        """Everything that the directions of these axes depend on, defaults written out."""
+        if self.kind == "plane":
+            return {"checkpoints": self.checkpoints, "normalization": self.normalization or "none"}
+        told: dict[str, Any] = {"orthogonalize": self.orthogonalize}
+        for name in axes:
+            own = self.axis(name).model_dump(exclude_none=True)
+            if own["kind"] != "random":
+                del own["seed"]
+            told.update((f"{name}.{key}", value) for key, value in own.items())
+        return told
+
+    @model_validator(mode="after")
+    def _is_one_plane(self) -> DirectionsSection:
+        if (self.kind == "plane") != (self.checkpoints is not None):
+            raise ValueError("kind = 'plane' needs checkpoints, a list of two, and no other kind has them")
+        if self.kind == "plane":
+            if self.checkpoints is None or len(self.checkpoints) != 2:
+                raise ValueError(
+                    f"a plane goes through the model and two checkpoints; {self.checkpoints} were given"
+                )
+            if self.x or self.y or self.z or self.orthogonalize or self.ignore == "bias_bn":
+                raise ValueError(
+                    "a plane moves everything, orthogonally: leave x, y, orthogonalize and ignore out"
+                )
+            if self.normalization not in (None, "none", "unit", "center"):
+                raise ValueError(
+                    f"normalization = {self.normalization!r} would leave the plane of the models; expected 'none' (the "
+                    "first checkpoint at 1 on x), 'unit' or 'center'"
+                )
+        return self
 
 
 class GridSection(Section):
@@ -213,6 +286,18 @@ class Job(Section):
             raise ValueError("[train] needs model.checkpoint, the file to keep the trained weights in")
         return self
 
+    @model_validator(mode="after")
+    def _has_an_axis_for_each_direction(self) -> Job:
+        axes = self.grid.grid().names
+        for name in ("x", "y", "z"):
+            if name not in axes and getattr(self.directions, name) is not None:
+                raise ValueError(f"directions.{name}: the grid has no axis {name}")
+        if self.directions.kind == "plane" and len(axes) != 2:
+            raise ValueError(
+                f"directions.kind = 'plane' needs the axes x and y; the grid has {', '.join(axes)}"
+            )
+        return self
+
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Job:
         """Read a job file; ``overrides`` are texts ``section.key=value``. Raises InputError."""
@@ -269,7 +354,7 @@ class Job(Section):
         )
         for key in ("device", "threads", "fast"):
             del told["run"][key]
-        return told
+        return {**told, "directions": self.directions.told(self.grid.grid().names)}
 
     @property
     def losses(self) -> list[TermSection]:

@@ -19,13 +19,12 @@ if (
 import contextlib
 import os
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -42,15 +41,14 @@ from distsurf.job import LIVE, Job
 from distsurf.objective.data import Split
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.losses import Objective
-from distsurf.objective.precision import PRECISIONS
 from distsurf.objective.recipe import DEFAULT_BATCH
 from distsurf.output import open_output, require_writable
 from distsurf.progress import Mode
 from distsurf.provenance import describe_callable
 from distsurf.recording import evaluate_missing
 from distsurf.shards import ArrayShard
-from distsurf.subspace import Layout, Subspace, Tensors, normalize, orthogonalize, random_direction
-from distsurf.subspace.weights import batch_norm_statistics
+from distsurf.span import span
+from distsurf.subspace import Subspace
 from distsurf.surface import Surface
 
 
@@ -69,9 +67,10 @@ def evaluate(
     seed: int = 0,
     metrics: list[str | dict[str, Any]] | None = None,
     objective: Objective | None = None,
-    normalization: str = "filter",
-    ignore: str = "bias_bn",
+    normalization: str | None = None,
+    ignore: str | None = None,
     orthogonalize: bool = False,
+    directions: Mapping[str, Any] | None = None,
     batch_norm: str = "frozen",
     batch_size: int = 0,
     target: str | None = None,
@@ -93,6 +92,9 @@ def evaluate(
         loss: a name, a callable ``(outputs, targets) -> tensor``, or a list of those.
         x, y, z: axes as ``min:max:count``.
         seed: of the random directions.
+        directions: the table ``[directions]`` of a job file, with more kinds than random ones: ``{"kind":
+            "difference", "checkpoint": other}``. A checkpoint is a file, or a module or state dict, whose values on
+            rank 0 count.
         metrics: names; left out, accuracy for classification losses.
         objective: a callable ``(model, batch) -> {name: (sum, count)}`` in place of loss and metrics.
         batch_norm: statistics ``frozen`` as they are, ``interpolated`` (part of the directions) or ``recomputed`` from
@@ -120,27 +122,56 @@ def evaluate(
     described: dict[str, Any] = {"loss": named, "metrics": metrics, "batch_norm": batch_norm}
     if objective is not None:
         described = {"function": f"{LIVE}{describe_callable(objective)}", "batch_norm": batch_norm}
+    checkpoints: dict[str, Any] = {}
+    table = {
+        "seed": seed,
+        "orthogonalize": orthogonalize,
+        **_named_checkpoints(directions or {}, checkpoints),
+    }
+    for key, value in (("normalization", normalization), ("ignore", ignore)):
+        if value is not None:
+            table.setdefault(key, value)
     job = Job.build(
         {
             "name": name,
             "model": {"factory": f"{LIVE}{type(model).__qualname__}"},
             "data": {"source": f"{LIVE}data", "batch_size": batch_size, "target": target},
             "objective": described,
-            "directions": {
-                "normalization": normalization,
-                "ignore": ignore,
-                "seed": seed,
-                "orthogonalize": orthogonalize,
-            },
+            "directions": table,
             "grid": {"x": x, "y": y, "z": z},
             "run": {"precision": precision, "device": device, "threads": threads, "fast": fast},
         },
         origin="evaluate",
     )
-    live = Live(model, data, own, objective)
+    live = Live(model, data, own, objective, checkpoints)
     path = None if out is None else Path(out)
     with connected() as ranks:
         return run(job, ranks, live=live, out=path, fresh=fresh, progress=progress)
+
+
+def _named_checkpoints(table: Mapping[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A table of directions with names in place of the modules and state dicts, which are put into ``found``."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, (str, os.PathLike)):
+            return os.fspath(value)
+        name = f"{LIVE}checkpoint {len(found) + 1}"
+        found[name] = value
+        return name
+
+    result: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in ("x", "y", "z") and isinstance(value, Mapping):
+            result[key] = _named_checkpoints(value, found)
+        elif key == "checkpoint":
+            result[key] = named(value)
+        elif key == "file" and isinstance(value, os.PathLike):
+            result[key] = os.fspath(value)
+        elif key == "checkpoints":
+            result[key] = [named(one) for one in value]
+        else:
+            result[key] = value
+    return result
 
 
 def _live_term(function: Any, is_first: bool) -> dict[str, str]:
@@ -157,6 +188,8 @@ class Prepared:
     splits: list[Split]
     statistics: Split | None
     """What batch-norm statistics are recomputed from, if they are."""
+    models: list[dict[str, Any]]
+    """Where models lie in the subspace, as `distsurf.span` tells it."""
 
 
 def run(
@@ -178,7 +211,7 @@ def run(
     """
     say = say if ranks.rank == 0 else _say_nothing
     grid = job.grid.grid()
-    agreement = None
+    agreement, whole = None, out
     if shard is not None and out is not None:
         if shard.count > grid.size:
             raise InputError(f"shard {shard}: the grid has {grid.size:,} points only")
@@ -201,7 +234,7 @@ def run(
         prepared = None
         with ranks.together(), _same_folder():
             if ranks.rank == 0:
-                prepared = prepare(job, model, live, placement, say)
+                prepared = prepare(job, model, objective, live, placement, whole, say)
         shared = distribute(ranks, prepared)
         del prepared  # on rank 0 the originals: from here on the copy that all ranks share is used
         placement.apply()
@@ -255,6 +288,7 @@ def run(
                             statistics=shared.statistics,
                         ),
                         "facts": provenance.facts(job, placement, recipe, shared.subspace, shared.splits)
+                        | {"models": shared.models}
                         | ({} if shard is None else {"shard": str(shard)}),
                     }
                     now = provenance.conditions(placement, recipe)
@@ -310,62 +344,26 @@ def _require_same(told: list[str], complaint: str) -> None:
             raise InputError(f"rank {rank} {complaint} than rank 0; every rank must make the same call")
 
 
-def prepare(job: Job, model: nn.Module, live: Live | None, placement: Placement, say: Say) -> Prepared:
+def prepare(
+    job: Job,
+    model: nn.Module,
+    objective: Objective,
+    live: Live | None,
+    placement: Placement,
+    out: Path | None,
+    say: Say,
+) -> Prepared:
     """Rank 0: data, weights and directions."""
     splits = assemble.build_splits(job, live)
     assemble.load_weights(job, model, splits, placement.device, say)
-    mode = job.objective.batch_norm
-    if mode != "frozen" and not batch_norm_statistics(model):
-        raise InputError(
-            f"objective.batch_norm = {mode!r}: the model {type(model).__name__} has no batch norm with running "
-            "statistics; leave it out"
-        )
-    tensors = Tensors.of(model, interpolated=mode == "interpolated")
-    layout = Layout.of(tensors.moving)
-    # float64 weights keep their digits only where they are asked for; else every model is evaluated in float32.
-    dtype = np.dtype(np.float64 if PRECISIONS[job.run.precision].sums is torch.float64 else np.float32)
-    center = layout.flatten(list(tensors.moving.values()), dtype)
-    for name, view in zip(layout.names, layout.views(center), strict=True):
-        if not np.isfinite(view).all():
-            raise InputError(f"the weights are not finite: parameter {name} holds NaN or infinity")
-    directions: tuple[np.ndarray, ...] = ()
-    wish = job.directions
-    for axis in range(len(job.grid.grid().axes)):
-        direction = normalize(
-            random_direction(layout, wish.seed, axis),
-            center,
-            layout,
-            how=wish.normalization,
-            ignore=wish.ignore,
-        )
-        if wish.orthogonalize:
-            direction = orthogonalize(direction, directions)
-        if not direction.any():
-            raise InputError(
-                f"direction {axis + 1} is zero everywhere: with ignore = {wish.ignore!r} and normalization = "
-                f"{wish.normalization!r} nothing of this model moves; try ignore = 'none'"
-            )
-        directions += (direction,)
-    if mode == "interpolated" and not _moves(layout, directions, batch_norm_statistics(model)):
-        raise InputError(
-            f"objective.batch_norm = 'interpolated': with directions.ignore = {wish.ignore!r} the statistics do not "
-            "move; set directions.ignore = 'none', or leave batch_norm out"
-        )
-    buffers = {name: buffer.detach().clone() for name, buffer in tensors.fixed.items()}
+    spanned = span(job, model, splits, objective, live=live, device=placement.device, out=out, say=say)
+    recomputed = job.objective.batch_norm == "recomputed"
     return Prepared(
-        Subspace(layout, center, directions),
-        buffers,
+        spanned.subspace,
+        spanned.fixed,
         assemble.wanted_splits(job, splits),
-        assemble.training_split(splits) if mode == "recomputed" else None,
-    )
-
-
-def _moves(layout: Layout, directions: Sequence[np.ndarray], names: Collection[str]) -> bool:
-    """Whether a direction has an entry other than zero in any of these tensors."""
-    return any(
-        name in names and view.any()
-        for direction in directions
-        for name, view in zip(layout.names, layout.views(direction), strict=True)
+        assemble.training_split(splits) if recomputed else None,
+        spanned.models,
     )
 
 

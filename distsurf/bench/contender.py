@@ -285,7 +285,8 @@ _WAYS: dict[str, Callable[[Job, Placement, contextlib.ExitStack], _Way]] = {
 
 def _prepared(job: Job, placement: Placement) -> tuple[nn.Module, Prepared]:
     model = assemble.build_model(job, None)
-    return model, prepare(job, model, None, placement, lambda line: None)
+    objective = assemble.build_objective(job, None)
+    return model, prepare(job, model, objective, None, placement, None, lambda line: None)
 
 
 def _say(answer: Answer) -> None:

@@ -70,6 +70,7 @@ class MovingTensors:
         # As they are: on the CPU this is the memory that all ranks of a node share.
         self._center = torch.from_numpy(subspace.center).to(device)
         self._directions = [torch.from_numpy(d).to(device) for d in subspace.directions]
+        self._pinned = {at: torch.from_numpy(vector).to(device) for at, vector in subspace.pinned}
         self.moving = FlatTensors(
             subspace.layout, device=device, dtype=dtype, seen_as=seen_as, unrounded=unrounded
         )
@@ -90,6 +91,9 @@ class MovingTensors:
     def move_to(self, coordinates: Sequence[float]) -> None:
         """Set the moving tensors to θ0 + Σ c_k d_k and the fixed ones to their stored values."""
         theta, source = self.moving.flat, self._center
+        pinned = self._pinned.get(tuple(coordinates))
+        if pinned is not None:
+            source, coordinates = pinned, [0.0] * len(coordinates)
         if source.dtype != theta.dtype:
             source = theta.copy_(source)
         for coordinate, direction in zip(coordinates, self._directions, strict=True):

@@ -6,7 +6,7 @@ import hashlib
 import math
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,6 +155,9 @@ class Subspace:
     layout: Layout
     center: NDArray[Any]
     directions: tuple[NDArray[Any], ...]
+    pinned: tuple[tuple[tuple[float, ...], NDArray[Any]], ...] = ()
+    """Coordinates at which the weights are these to the last bit: models that span the subspace, whose difference to
+    the centre is no float32 number."""
 
     @property
     def dimension(self) -> int:
@@ -164,12 +167,32 @@ class Subspace:
     def fingerprints(self) -> dict[str, str]:
         """Digests of the names, shapes and exact numbers of the centre and of the directions."""
         described = repr((self.layout.names, self.layout.shapes)).encode()
-        return {
+        told = {
             "weights": digest([described, *self.layout.views(self.center)]),
             "directions": digest(
                 [described, *(view for direction in self.directions for view in self.layout.views(direction))]
             ),
         }
+        if self.pinned:
+            parts: list[bytes | NDArray[Any]] = [described]
+            for at, vector in self.pinned:
+                parts += [repr(at).encode(), *self.layout.views(vector)]
+            told["models"] = digest(parts)
+        return told
+
+    def mapped(
+        self,
+        layout: Layout,
+        of_points: Callable[[NDArray[Any]], Any],
+        of_directions: Callable[[NDArray[Any]], Any],
+    ) -> Subspace:
+        """The subspace with every vector replaced: points (the centre, what is pinned) and directions."""
+        return Subspace(
+            layout,
+            of_points(self.center),
+            tuple(map(of_directions, self.directions)),
+            tuple((at, of_points(vector)) for at, vector in self.pinned),
+        )
 
 
 def digest(parts: Iterable[bytes | NDArray[Any]]) -> str:
@@ -183,16 +206,28 @@ def digest(parts: Iterable[bytes | NDArray[Any]]) -> str:
 def load_checkpoint(
     model: nn.Module, path: Path, *, key: str | None = None, allow_pickle: bool = False
 ) -> None:
-    """Load a state dict (torch, or ``.safetensors``) into ``model``.
+    """Load a state dict (torch, or ``.safetensors``) into ``model``. See `read_checkpoint` and `load_state`."""
+    load_state(model, read_checkpoint(path, key=key, allow_pickle=allow_pickle), f"checkpoint {path}")
+
+
+def read_checkpoint(
+    path: Path, *, key: str | None = None, allow_pickle: bool = False
+) -> dict[str, torch.Tensor]:
+    """Read a state dict from a file (torch, or ``.safetensors``).
 
     ``key`` names the entry of the file that holds the state dict; without it the usual ones are tried
-    (``state_dict``, ``model_state_dict``, ``model``, ``net``). A prefix ``module.`` left by DataParallel or
-    ``_orig_mod.`` left by torch.compile is removed. Raises InputError for a missing or unreadable file, for a pickle
-    that needs more than tensors unless ``allow_pickle``, and for tensors that are missing, unexpected, misshapen or
-    of a kind that the model's are not.
+    (``state_dict``, ``model_state_dict``, ``model``, ``net``). Raises InputError for a missing or unreadable file, and
+    for a pickle that needs more than tensors unless ``allow_pickle``.
     """
-    state = _read_state(path, allow_pickle)
-    state = _find_state(state, key, path)
+    return _find_state(_read_state(path, allow_pickle), key, path)
+
+
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Load a state dict into ``model``.
+
+    A prefix ``module.`` left by DataParallel or ``_orig_mod.`` left by torch.compile is removed. Raises InputError for
+    tensors that are missing, unexpected, misshapen or of another kind; ``origin`` is what they are from.
+    """
     own = model.state_dict()
     for wrapper in ("module.", "_orig_mod."):
         if not own.keys() & state.keys() and all(name.startswith(wrapper) for name in state):
@@ -222,9 +257,7 @@ def load_checkpoint(
     if misshapen:
         complaints.append(f"misshapen {_some(misshapen)}")
     if complaints:
-        raise InputError(
-            f"checkpoint {path} does not fit the model {type(model).__name__}: {'; '.join(complaints)}"
-        )
+        raise InputError(f"{origin} does not fit the model {type(model).__name__}: {'; '.join(complaints)}")
     model.load_state_dict(state, strict=False)
 
 

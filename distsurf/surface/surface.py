@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -149,6 +151,33 @@ class Surface:
                 return None
             position.append(int(found[0]))
         return tuple(position)
+
+    @property
+    def models(self) -> list[tuple[str, tuple[float, ...]]]:
+        """Models whose place is known, by name, with their coordinates x, y, …; the first is at the origin."""
+        found = []
+        told = self.facts.get("models")
+        for one in told if isinstance(told, list) else []:  # facts may be a stranger's, and anything
+            with suppress(TypeError, ValueError, KeyError):
+                at = tuple(float(c) for c in one["at"])
+                if len(at) == len(self.grid.axes) and all(map(math.isfinite, at)):
+                    found.append((str(one["name"]), at))
+        return found or [("trained model", (0.0,) * len(self.grid.axes))]
+
+    def barrier(self, name: str = "loss") -> float | None:
+        """The largest rise of a column above the mean of its ends on the segment between two models.
+
+        max over λ in [0, 1] of L(θ_λ) − ½(L(θ_0) + L(θ_1)), on the grid's points (Frankle et al. 2020, section 2). None
+        where the surface is no such segment, or is not complete there; NaN where a value on it is.
+        """
+        if len(self.grid.axes) != 1 or len(self.models) != 2 or self.models[1][1] != (1.0,):
+            return None
+        x = self.x
+        on_it = (x >= 0) & (x <= 1)
+        if not ({0.0, 1.0} <= set(x.tolist()) and np.isin(self.status[on_it], DONE).all()):
+            return None
+        values = self[name][on_it]
+        return float(values.max() - (values[0] + values[-1]) / 2)
 
     def to_xarray(self) -> xarray.Dataset:
         """A labelled dataset with one variable per column, and ``status``. Needs the extra ``xarray``."""

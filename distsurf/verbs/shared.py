@@ -77,6 +77,12 @@ def in_lines(surface: Surface) -> list[str]:
         strange = surface.done - finite.size
         note = f"  ({strange:,} not finite)" if strange else ""
         lines.append("  ".join(row) + (f" {column.unit}" if column.unit else "") + note)
+    for name, at in surface.models[1:]:
+        lines.append(f"{printable(name)} lies at ({', '.join(f'{c:.6g}' for c in at)})")
+    barriers = [(column.name, surface.barrier(column.name)) for column in surface.columns if not column.unit]
+    told_barriers = [f"{name} {value:.6g}" for name, value in barriers if value is not None]
+    if told_barriers:
+        lines.append(f"barrier between the two models: {', '.join(told_barriers)}")
     return lines
 
 

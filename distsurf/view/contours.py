@@ -24,6 +24,8 @@ from distsurf.view.scale import Scale, choose, number
 
 Floats = NDArray[np.float64]
 
+MODELS = ("+", "x", "D", "s", "^", "v")
+"""Markers of models, in their order: of the one at the origin, and of others."""
 PANELS = 9
 """Most slices of a 3-D grid in one picture."""
 
@@ -40,7 +42,7 @@ def contour(
     title: str | None = None,
     size: tuple[float, float] | None = None,
 ) -> Figure:
-    """Filled contours of a surface with two axes, its minimum and the trained model (the origin) marked.
+    """Filled contours of a surface with two axes, its minimum and the models in it marked.
 
     ``levels`` is about how many, or the values themselves; ``vmin``, ``vmax`` and ``log`` replace the rules
     of `distsurf.view.scale`; ``size`` is in inches. Pending points are interpolated for display; points that
@@ -70,7 +72,7 @@ def contour(
             style.nothing(axes, not points.pending.all())
         style.finish(figure)
         if lines is not None:
-            marked = [(0.0, 0.0)] if optimum is None else [(0.0, 0.0), optimum[2]]
+            marked = [at for _, at in surface.models] + ([] if optimum is None else [optimum[2]])
             label_lines(figure, axes, lines, scale.texts(np.asarray(lines.levels)), 6.5, marked)
     return figure
 
@@ -187,9 +189,10 @@ def _marks(
     grid = surface.grid
     halo = [withStroke(linewidth=2.2, foreground="0.1")]
     marks: list[tuple[tuple[float, ...], dict[str, Any]]] = []
-    if all(axis.low <= 0 <= axis.high for axis in grid.axes):
-        cross = {"marker": "+", "ms": 7, "mew": 1.2, "label": "trained model"}
-        marks.append(((0.0,) * len(grid.axes), cross))
+    for (name, at), marker in zip(surface.models, MODELS, strict=False):
+        if all(axis.low <= c <= axis.high for c, axis in zip(at, grid.axes, strict=True)):
+            label = style.escaped(name)
+            marks.append((at, {"marker": marker, "ms": 7, "mew": 1.2, "mfc": "none", "label": label}))
     if optimum is not None:
         name, value, at = optimum
         label = f"{name} {number(value)} at {style.position(at)}"

@@ -24,6 +24,8 @@ LEFT = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 RIGHT = ("#D55E00", "#882255", "#AA4499")
 """Colours of quantities on either axis (Okabe and Ito, and Tol: told apart by colour-blind readers)."""
 DASHES = {"": "-", "train": "-", "test": (0, (4, 1.5))}
+MODELS: tuple[Any, ...] = (":", "-.", (0, (1, 4)))
+"""Lines at models: at the one at the origin, and at others."""
 OTHER_DASHES = (0, (5, 1.2, 1.2, 1.2))
 
 
@@ -35,7 +37,7 @@ def curves(
     title: str | None = None,
     size: tuple[float, float] | None = None,
 ) -> Figure:
-    """Columns of a surface with one axis against its coordinate; the trained model (the origin) marked.
+    """Columns of a surface with one axis against its coordinate; the models on it marked.
 
     A name without its split means every split: ``"loss"`` draws train (solid) and test (dashed). None draws
     losses and accuracies, or every column where there are neither. ``log`` is for the left axis and replaces
@@ -67,10 +69,10 @@ def curves(
             if common and right:
                 side.tick_params(axis="y", which="both", colors=colours[0])
                 side.yaxis.label.set_color(colours[0])
-        if x.low <= 0 <= x.high:
-            handles.append(
-                axes.axvline(0.0, color=style.GREY, lw=0.7, ls=":", zorder=0.5, label="trained model")
-            )
+        for (name, (at,)), dashes in zip(surface.models, MODELS, strict=False):
+            if x.low <= at <= x.high:
+                look = {"color": style.GREY, "lw": 0.7, "zorder": 0.5, "ls": dashes}
+                handles.append(axes.axvline(at, label=style.escaped(name), **look))
         handles += _holes(axes, x, list(points.values()))
         if not any(p.finite.any() for p in points.values()):
             style.nothing(axes, surface.count(Status.PENDING) < x.count)

@@ -129,6 +129,25 @@ def test_same_bits_for_any_number_of_ranks(job: Processes) -> None:
     assert len(fingerprints) == 1
 
 
+def test_ranks_meet_the_models_that_span_the_surface(job: Processes) -> None:
+    """A checkpoint on an axis is read by rank 0 alone, and its point is that model's on whichever rank."""
+    saved = (
+        "import torch, net; torch.manual_seed(9); m = net.net(); [p.data.normal_() for p in m.parameters()]; "
+    )
+    assert job.python("-c", saved + "torch.save(m.state_dict(), 'b.pt')").code == 0
+    axis = ("--set", "directions.x.kind=difference", "--set", "directions.x.checkpoint=b.pt")
+    for ranks in (0, 3):
+        ended = job.python(*RUN, *axis, "--set", "grid.y=-1:1:3", "--out", f"{ranks}.h5", ranks=ranks)
+        assert ended.code == 0, ended.err
+    assert _values(job.folder / "0.h5") == _values(job.folder / "3.h5")
+    surface = Surface.load(job.folder / "3.h5")
+    assert surface.models == [("trained model", (0.0, 0.0)), ("b.pt", (1.0, 0.0))]
+    alone = ("--set", "model.checkpoint=b.pt", "--set", "grid.x=0:0:1", "--set", "grid.y=0:0:1", "--plain")
+    assert job.python(*RUN, *alone, "--out", "alone.h5").code == 0
+    expected = Surface.load(job.folder / "alone.h5")
+    np.testing.assert_allclose(surface["loss"][1, -1], expected["loss"][0, 0], rtol=1e-6)
+
+
 LARGE = (*RUN, "--set", "data.source=net.py:pictures", "--set", "grid.x=-1:1:4", "--set", "grid.y=-1:1:3")
 
 

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -202,8 +203,8 @@ def _fold_plane(
         return result
 
     with np.errstate(all="ignore"):  # what is not finite here is found by the verification
-        return Subspace(
-            layout, folded(subspace.center, False), tuple(folded(d, True) for d in subspace.directions)
+        return subspace.mapped(
+            layout, partial(folded, is_direction=False), partial(folded, is_direction=True)
         )
 
 

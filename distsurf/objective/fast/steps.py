@@ -90,10 +90,11 @@ several points per pass. ``fuse``: convolution, addition and ReLU in one kernel.
 
 def _in_channels_last(subspace: Subspace) -> Subspace:
     layout = replace(subspace.layout, channels_last=True)
-    center, *directions = (
-        _rearranged(vector, subspace.layout, layout) for vector in (subspace.center, *subspace.directions)
-    )
-    return Subspace(layout, center, tuple(directions))
+
+    def rearranged(vector: NDArray[np.generic]) -> NDArray[np.generic]:
+        return _rearranged(vector, subspace.layout, layout)
+
+    return subspace.mapped(layout, rearranged, rearranged)
 
 
 def _rearranged(vector: NDArray[np.generic], old: Layout, new: Layout) -> NDArray[np.generic]:

@@ -1,0 +1,292 @@
+"""Directions of every kind: what they span is compared with the models themselves, autograd and finite differences."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import distsurf
+from distsurf.errors import InputError
+from distsurf.job import Job
+from distsurf.surface import Surface
+
+INPUTS, TARGETS = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 5
+
+
+def net(affine: bool = True) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, affine=affine), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)
+    )
+
+
+def trained(seed: int, affine: bool = True) -> nn.Module:
+    """A few steps from a start of its own."""
+    torch.manual_seed(seed)
+    model = net(affine)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(15):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(INPUTS), TARGETS).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models() -> list[nn.Module]:
+    return [trained(seed) for seed in (1, 2, 3)]
+
+
+def evaluate(model: nn.Module, directions: dict[str, Any] | None = None, **settings: Any) -> Surface:
+    return distsurf.evaluate(
+        model, (INPUTS, TARGETS), directions=directions, **{"x": "-0.5:1.5:9", "progress": "none", **settings}
+    )
+
+
+def own(model: nn.Module, **settings: Any) -> float:
+    """A model's loss at the origin of a surface of its own."""
+    return float(evaluate(model, {"ignore": "none"}, **{**settings, "x": "0:0:1"})["loss"][0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_interpolation_begins_and_ends_at_the_models(models: list[nn.Module], precision: str) -> None:
+    """To the last bit, statistics included; in between, θ is the mean of both, and counters stay where they are."""
+    settings: dict[str, Any] = {"batch_norm": "interpolated", "precision": precision, "fast": False}
+    wish = {"kind": "difference", "checkpoint": models[1]}
+    surface = evaluate(models[0], wish, **settings)
+    ends = [float(surface["loss"][surface.x == at][0]) for at in (0.0, 1.0)]
+    assert ends == [own(model, **settings) for model in models[:2]]
+    middle = net().eval()
+    states = [model.state_dict() for model in models[:2]]
+    middle.load_state_dict(
+        {n: t if t.dtype == torch.int64 else (t + states[1][n]) / 2 for n, t in states[0].items()}
+    )
+    np.testing.assert_allclose(surface["loss"][surface.x == 0.5], own(middle, **settings), rtol=1e-6)
+    assert [name for name, _ in surface.models] == ["trained model", "checkpoint 1"]
+    values = surface["loss"][2:7]
+    assert surface.barrier() == values.max() - (values[0] + values[-1]) / 2
+    fast = evaluate(models[0], wish, batch_norm="interpolated", precision=precision)
+    np.testing.assert_allclose(fast["loss"], surface["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "recomputed"])
+def test_statistics_on_the_way(models: list[nn.Module], mode: str) -> None:
+    """Frozen ones are those of the model at 0; recomputed ones fit the weights that the data goes through."""
+    surface = evaluate(models[0], {"kind": "difference", "checkpoint": models[1]}, batch_norm=mode)
+    other = net()
+    other.load_state_dict(models[1].state_dict())
+    if mode == "frozen":
+        for name in ("running_mean", "running_var"):
+            getattr(other[1], name).copy_(getattr(models[0][1], name))
+    np.testing.assert_allclose(surface["loss"][surface.x == 1.0], own(other, batch_norm=mode), rtol=1e-5)
+
+
+def test_a_folded_plane_ends_at_the_model_too() -> None:
+    """Batch norm without weights of its own, frozen: folded once, and what is pinned with it."""
+    first, second = trained(1, affine=False), trained(2, affine=False)
+    wish = {"kind": "difference", "checkpoint": second.state_dict()}
+    fast, plain = (evaluate(first, wish, fast=fast, x="0:1:41") for fast in (["fold"], False))
+    assert fast.facts["evaluation"]["steps"] == ["fold"]
+    np.testing.assert_allclose(fast["loss"], plain["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", ["none", "unit", "center"])
+def test_the_plane_goes_through_its_models(models: list[nn.Module], length: str) -> None:
+    wish = {"kind": "plane", "checkpoints": models[1:], "normalization": length}
+    settings: dict[str, Any] = {"batch_norm": "interpolated"}
+    surface = evaluate(models[0], wish, y="0:1:2", x="0:1:2", **settings)
+    weights = [torch.cat([t.detach().flatten().double() for t in m.parameters()]) for m in models]
+    statistics = [torch.cat([m[1].running_mean, m[1].running_var]).double() for m in models]
+    theta = [torch.cat(both) for both in zip(weights, statistics, strict=True)]
+    unit = {"none": theta[1] - theta[0], "unit": torch.ones(1), "center": theta[0]}[length].norm()
+    for (_, at), model, vector in zip(surface.models, models, theta, strict=True):
+        # Both directions have one length, so that distances from the origin are true.
+        np.testing.assert_allclose(np.hypot(*at) * unit, (vector - theta[0]).norm(), rtol=1e-6)
+        place = {axis: f"{c!r}:{c!r}:1" for axis, c in zip("xy", at, strict=True)}
+        there = evaluate(models[0], wish, **place, **settings)
+        np.testing.assert_allclose(there["loss"][0, 0], own(model, **settings), rtol=1e-5)
+    assert abs(surface.facts["cosines"]["xy"]) < 1e-7
+    if length == "none":
+        assert surface.models[1][1] == (1.0, 0.0)
+        assert (
+            surface["loss"][0, 1] == evaluate(models[1], {"ignore": "none"}, x="0:0:1", **settings)["loss"][0]
+        )
+
+
+def test_the_gradient_is_autograds(models: list[nn.Module], tmp_path: Path) -> None:
+    """Of the mean loss, whatever the batches; uphill; and as long as the weights, like filter-normalized directions."""
+    model = models[0]
+    named = dict(model.named_parameters())
+    loss = nn.functional.cross_entropy(model(INPUTS), TARGETS)
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*named.values()])]).double().norm()
+    length = torch.cat([p.detach().flatten() for p in named.values()]).double().norm()
+    settings: dict[str, Any] = {"x": "-1e-4:1e-4:3", "precision": "fp64", "out": tmp_path / "s.h5"}
+    for size, how, unit in ((7, None, length), (60, "unit", 1.0)):
+        told = {"kind": "gradient", **({} if how is None else {"normalization": how})}
+        surface = evaluate(model, told, batch_size=size, fresh=True, **settings)
+        found = (surface["loss"][2] - surface["loss"][0]) / 2e-4
+        np.testing.assert_allclose(found, float(slope * unit), rtol=1e-4)
+    assert len(list(tmp_path.glob("s.gradient-*.safetensors"))) == 2
+
+
+def test_a_gradient_is_computed_once(models: list[nn.Module], tmp_path: Path) -> None:
+    """Another machine would compute other last digits, and its shard would be of another job."""
+    settings: dict[str, Any] = {"out": tmp_path / "s.h5", "x": "0:1:3"}
+    first = evaluate(models[0], {"kind": "gradient"}, **settings)
+    (kept,) = tmp_path.glob("s.gradient-*.safetensors")
+    before = kept.read_bytes()
+    again = evaluate(models[0], {"kind": "gradient"}, fresh=True, **settings)
+    assert kept.read_bytes() == before
+    assert again["loss"].tobytes() == first["loss"].tobytes()
+    with pytest.raises(InputError, match="is of other weights: remove it"):
+        evaluate(models[1], {"kind": "gradient"}, fresh=True, **settings)
+
+
+def _li2018(path: Path, arrays: list[np.ndarray]) -> None:
+    with h5py.File(path, "w") as file:
+        group = file.create_group("xdirection")
+        for i, array in enumerate(arrays):
+            group.create_dataset(str(i), data=array)
+
+
+def test_directions_from_files(models: list[nn.Module], tmp_path: Path) -> None:
+    """One direction in every form that is read: always the same surface."""
+    other, model = models[1], models[0]
+    state = {n: t - model.state_dict()[n] for n, t in other.state_dict().items() if t.is_floating_point()}
+    parameters = {name: state[name] for name, _ in model.named_parameters()}
+    save_file(parameters, tmp_path / "one.safetensors")
+    save_file({f"x.{name}": t for name, t in parameters.items()}, tmp_path / "axes.safetensors")
+    torch.save({"state_dict": parameters}, tmp_path / "torch.pt")
+    _li2018(tmp_path / "weights.h5", [t.numpy() for t in parameters.values()])
+    _li2018(tmp_path / "states.h5", [np.asarray(state.get(name, 0)) for name in model.state_dict()])
+    expected = evaluate(model, {"kind": "difference", "checkpoint": other}, x="-0.5:0.5:5")
+    for name in ("one.safetensors", "axes.safetensors", "torch.pt", "weights.h5", "states.h5"):
+        found = evaluate(model, {"kind": "file", "file": tmp_path / name}, x="-0.5:0.5:5")
+        assert found["loss"].tobytes() == expected["loss"].tobytes(), name
+    with pytest.raises(InputError, match="has no group ydirection; it has xdirection"):
+        evaluate(model, {"kind": "file", "file": tmp_path / "weights.h5"}, y="-1:1:3")
+
+
+def test_each_axis_has_a_direction_of_its_own(models: list[nn.Module]) -> None:
+    """On the axes y = 0 and x = 0 the surface is that of the one direction alone."""
+    difference = {"kind": "difference", "checkpoint": models[1]}
+    both = evaluate(models[0], {"x": difference, "seed": 5}, x="0:1:3", y="0:1:3", fast=False)
+    for axis, own, values in (("x", difference, both["loss"][0]), ("y", {"seed": 5}, both["loss"][:, 0])):
+        if axis == "x":
+            np.testing.assert_array_equal(evaluate(models[0], own, x="0:1:3", fast=False)["loss"], values)
+        else:
+            plane = evaluate(models[0], own, x="0:1:3", y="0:1:3", fast=False)
+            np.testing.assert_array_equal(plane["loss"][:, 0], values)
+    rotated = evaluate(
+        models[0], {"x": difference, "orthogonalize": True}, x="0:1:3", y="0:1:3", normalization="filter"
+    )
+    assert abs(rotated.facts["cosines"]["xy"]) < 1e-6
+
+
+def test_the_model_is_left_as_it_was(models: list[nn.Module]) -> None:
+    """Others' weights are loaded into it for a moment, also where they do not fit."""
+    before = {name: (t.data_ptr(), t.clone()) for name, t in models[0].state_dict().items()}
+    odd = {**models[1].state_dict(), "4.bias": torch.full((5,), torch.nan)}
+    for checkpoint in (models[1], odd):
+        with contextlib.suppress(InputError):
+            evaluate(models[0], {"kind": "difference", "checkpoint": checkpoint}, x="0:1:2")
+    after = models[0].state_dict()
+    assert all(
+        after[name].data_ptr() == place and torch.equal(after[name], t) for name, (place, t) in before.items()
+    )
+
+
+def _nan(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model[4].bias[0] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        (lambda m: {"kind": "difference", "checkpoint": m[0]}, "has the same weights as the model; name another"),
+        (lambda m: {"kind": "difference", "checkpoint": nn.Linear(3, 2)}, "checkpoint 1 does not fit the model"),
+        (lambda m: {"kind": "difference", "checkpoint": _nan(trained(4))}, "weights are not finite: parameter 4.bias"),
+        (lambda m: {"kind": "difference", "checkpoint": "none.pt"}, "no checkpoint none.pt"),
+        (lambda m: {"kind": "difference"}, "kind = 'difference' needs checkpoint"),
+        (lambda m: {"kind": "plane", "checkpoints": [m[1], m[1]]}, "the three models lie on a line"),
+        (lambda m: {"kind": "plane", "checkpoints": [m[0], m[1]]}, "the weights of the model itself"),
+        (lambda m: {"kind": "plane", "checkpoints": [m[1]]}, "a plane goes through the model and two checkpoints"),
+        (lambda m: {"kind": "plane"}, "needs checkpoints"),
+        (lambda m: {"kind": "plane", "checkpoints": m[1:], "normalization": "filter"}, "would leave the plane"),
+        (lambda m: {"kind": "file", "file": "none.h5"}, "no direction file none.h5"),
+        (lambda m: {"z": {"kind": "random"}}, "directions.z: the grid has no axis z"),
+        (lambda m: {"checkpoint": "a.pt", "kind": "random"}, "checkpoint is for kind = 'difference'"),
+        (lambda m: {"x": {"kind": "plane"}}, "directions.x.kind = 'plane'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    models: list[nn.Module], wish: Callable[[list[nn.Module]], dict[str, Any]], words: str
+) -> None:
+    with pytest.raises(InputError) as told:
+        evaluate(models[0], wish(models), y="-1:1:3")
+    assert words in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_file_that_does_not_fit(models: list[nn.Module], tmp_path: Path) -> None:
+    for name, state, words in (
+        ("a", {"1.weight": torch.ones(3)}, r"1.weight has shape \(3,\), and \(8,\) in the model"),
+        ("b", {"other": torch.ones(3)}, "has directions for other, which the model has not"),
+        ("c", {"1.weight": torch.full((8,), torch.inf)}, "1.weight holds NaN or infinity"),
+        ("d", {"1.weight": torch.zeros(8)}, "the direction of x is zero everywhere"),
+    ):
+        save_file(state, tmp_path / f"{name}.safetensors")
+        with pytest.raises(InputError, match=words):
+            evaluate(models[0], {"kind": "file", "file": tmp_path / f"{name}.safetensors"})
+    _li2018(tmp_path / "e.h5", [np.ones(3)])
+    with pytest.raises(InputError, match="has 1 arrays; the model has 6 parameters, and 9 tensors"):
+        evaluate(models[0], {"kind": "file", "file": tmp_path / "e.h5"})
+
+
+def test_an_objective_without_a_gradient(models: list[nn.Module]) -> None:
+    def objective(model: nn.Module, batch: Any) -> dict[str, tuple[Any, int]]:
+        return {"right": (float((model(batch[0]).argmax(1) == batch[1]).sum()), len(batch[0]))}
+
+    with pytest.raises(InputError, match="right of the objective is not differentiable"):
+        evaluate(models[0], {"kind": "gradient"}, objective=objective)
+
+
+def test_a_job_file_has_the_same_directions(models: list[nn.Module], tmp_path: Path) -> None:
+    text = """
+    [model]
+    factory = "x:y"
+    [data]
+    source = "x:y"
+    [grid]
+    x = "-1:1:3"
+    y = "-1:1:3"
+    [directions]
+    seed = 3
+    normalization = "layer"
+    [directions.x]
+    kind = "difference"
+    checkpoint = "b.pt"
+    normalization = "none"
+    """
+    job = Job.read(text)
+    assert Job.read(job.to_toml()) == job
+    x, y = job.directions.axis("x"), job.directions.axis("y")
+    assert (x.kind, x.checkpoint, x.normalization, x.ignore) == ("difference", "b.pt", "none", "none")
+    assert (y.kind, y.checkpoint, y.normalization, y.ignore, y.seed) == (
+        "random",
+        None,
+        "layer",
+        "bias_bn",
+        3,
+    )
+    assert job.fingerprint != Job.read(text.replace("b.pt", "c.pt")).fingerprint
