@@ -18,7 +18,7 @@ from distsurf.distribute.launcher import launched
 from distsurf.distribute.signals import killed_by_signals
 from distsurf.errors import DistsurfError, Incomplete, in_one_line
 from distsurf.options import Verb, parse
-from distsurf.verbs import cluster, files, measure, run
+from distsurf.verbs import cluster, files, matrices, measure, run
 
 VERBS: dict[str, Verb] = {
     "run": run.run,
@@ -26,6 +26,7 @@ VERBS: dict[str, Verb] = {
     "status": files.status,
     "check": files.check,
     "merge": files.merge,
+    "svd": matrices.svd,
     "submit": cluster.submit,
     "bench": measure.bench,
     "plan": measure.plan,

@@ -11,6 +11,7 @@ from distsurf import __version__
 from distsurf.errors import InputError
 from distsurf.names import nearest
 
+ROUTES = ("gram", "lapack", "randomized")
 Verb = Callable[[argparse.Namespace], int]
 
 OVERVIEW = """\
@@ -25,6 +26,7 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf check surface.h5      is the file sound and complete? (--repair)
   distsurf submit my.toml --array 16   on a SLURM cluster; then: status runs/my
   distsurf plan my.toml --ranks 64   how long it will take, and what memory
+  distsurf svd surface.h5        which rank approximates it how well
   distsurf bench my.toml         how fast it is beside other ways to do it
 
 `distsurf VERB --help` lists a verb's options. A job file names a model, data
@@ -189,6 +191,18 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     submit.add_argument("--out", metavar="FILE.h5", help="the surface file (default: runs/NAME/surface.h5)")
     _add_set(submit)
     submit.add_argument("--dry-run", action="store_true", help="print the scripts; write and submit nothing")
+
+    svd = verb(
+        "svd",
+        "Decompose a surface with two axes, or any matrix, by singular values: which rank approximates it how well.",
+    )
+    svd.add_argument("file", type=Path, metavar="FILE", help=".h5; or .npy, .png of grey levels")
+    svd.add_argument("--column", default="loss", help="of a surface (default: loss)")
+    svd.add_argument("--log", action="store_true", help="decompose the logarithm (base 10)")
+    svd.add_argument("--rank", type=_positive, metavar="K", help="to draw (default: the first within 1 %%)")
+    svd.add_argument("--route", choices=ROUTES, help="default: by size")
+    svd.add_argument("-o", "--output", type=Path, help=".png, .pdf or .svg (default: beside the file)")
+    svd.add_argument("--title")
 
     bench = verb(
         "bench",

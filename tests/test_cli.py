@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from distsurf.cli import main
@@ -63,6 +64,46 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _run(*arguments: Any) -> int:
     return main(["run", "mine.toml", "--progress", "none", *map(str, arguments)])
+
+
+def test_a_surface_and_any_matrix_by_singular_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An outer product has rank one; a picture and an array are matrices too; what is none is told."""
+    x, y = np.linspace(1, 2, 7), np.linspace(1, 3, 5)
+    grid = Grid.parse({"x": "1:2:7", "y": "1:3:5"})
+    with SurfaceFile.create(tmp_path / "s.h5", grid, (Column("loss"),)) as file:
+        file.record(np.arange(34), np.outer(y, x).reshape(-1, 1)[:34], np.ones(34))
+    assert main(["svd", str(tmp_path / "s.h5")]) == 1
+    assert "1 of 35 points have no finite loss; complete it first" in capsys.readouterr().err
+    with SurfaceFile.open(tmp_path / "s.h5", write=True) as file:
+        file.record(np.array([34]), np.array([[6.0]]), np.ones(1))
+    assert main(["svd", str(tmp_path / "s.h5")]) == 0
+    assert "rank 1 is the first within 1%" in capsys.readouterr().out
+    np.save(tmp_path / "a.npy", np.eye(6) + 1)
+    assert (
+        main(
+            ["svd", str(tmp_path / "a.npy"), "--rank", "2", "--route", "gram", "-o", str(tmp_path / "a.pdf")]
+        )
+        == 0
+    )
+    assert "6 × 6, by gram" in capsys.readouterr().out
+    Image.fromarray(np.outer(np.arange(9), np.arange(8)).astype(np.uint8)).save(tmp_path / "grey.png")
+    assert main(["svd", str(tmp_path / "grey.png")]) == 0
+    assert "grey level, 9 × 8, by lapack" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} >= {"s_svd.png", "a.pdf", "grey_svd.png"}
+    (tmp_path / "b.npy").write_bytes(b"nothing")
+    for arguments, words in (
+        (["grey.png", "--log"], "values of"),
+        (["a.npy", "--rank", "9"], "--rank 9:"),
+        (["b.npy"], "b.npy is no matrix of numbers"),
+        (["none.png"], "no file"),
+        (["a.npy", "-o", "a.txt"], "cannot save a picture as 'a.txt'"),
+    ):
+        assert main(["svd", str(tmp_path / arguments[0]), *arguments[1:]]) == 1
+        told = capsys.readouterr().err
+        assert words in told
+        assert told.count("\n") == 1
 
 
 def test_a_job_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,14 +53,14 @@ def plot(
     unknown = [name for name in options if name not in known]
     if unknown:
         raise InputError(f"{kind} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    target = None if path is None else _checked(Path(path))
+    target = None if path is None else checked(Path(path))
     figure = draw(surface, None if kind == "curves" and column == "loss" else column, **options)
     if target is not None:
-        _save(figure, target)
+        save(figure, target)
     return figure
 
 
-def _checked(path: Path) -> Path:
+def checked(path: Path) -> Path:
     """``path`` if a picture can be written there; said before the work of drawing."""
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"cannot save a picture as {path.name!r}: expected a name in {', '.join(SUFFIXES)}")
@@ -69,7 +69,9 @@ def _checked(path: Path) -> Path:
     return path
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture. Raises InputError where that cannot be."""
+    path = checked(path)
     try:
         with replacing(path) as temporary, style.drawing():
             figure.savefig(
