@@ -14,7 +14,7 @@ import numpy as np
 
 from distsurf.errors import DamagedFile, InputError
 from distsurf.job import Job
-from distsurf.shards import ArrayShard, shard_files
+from distsurf.shards import shard_files
 from distsurf.surface import DONE, Status, Surface, SurfaceFile
 from distsurf.surface.claim import require_unclaimed
 
@@ -32,11 +32,8 @@ class Merged:
     """Whether there was anything that the file did not have."""
 
 
-def missing_tasks(surface: Surface) -> list[int]:
-    """Which shards of a merged surface have points without a value."""
-    count = surface.facts.get("shards")
-    if not isinstance(count, int) or count < 1:
-        return []
+def missing_tasks(surface: Surface, count: int) -> list[int]:
+    """Which of so many shards of a merged surface have points without a value."""
     order = surface.grid.coarse_to_fine()
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
@@ -58,7 +55,7 @@ def merge(whole: Path, sources: Sequence[Path] = ()) -> Merged:
     paths = list(dict.fromkeys(sources or named))
     if not paths and not whole.exists():
         raise InputError(
-            f"there is no {whole}, and no shard of it beside it ({ArrayShard(0, 8).path(whole).name}, …): nothing "
+            f"there is no {whole}, and no shard of it beside it ({whole.stem}.shard-I-of-N{whole.suffix}): nothing "
             "is evaluated yet, or it lies elsewhere"
         )
     with _turn(whole):
@@ -72,7 +69,12 @@ def merge(whole: Path, sources: Sequence[Path] = ()) -> Merged:
             paths = [whole, *(path for path in paths if path != whole)]
         merged = _Sum()
         for path in paths:
-            merged.add(path)
+            try:
+                merged.add(path)
+            except (InputError, DamagedFile) as error:
+                if path == whole or path not in named:
+                    raise
+                raise type(error)(f"{error}. Without that file the others merge: move it away") from error
         surface = merged.surface
         is_new = merged.changes > 0 or not whole.exists()
         if is_new:

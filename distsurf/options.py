@@ -182,7 +182,11 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         help="merge what there is, and send the shards that miss points again, with a new merge",
     )
     submit.add_argument(
-        "--gpus-per-node", type=_count, default=0, metavar="G", help="and as many ranks on each node"
+        "--gpus-per-node",
+        type=_gpus,
+        default=("", 0),
+        metavar="[TYPE:]G",
+        help="and as many ranks on each node",
     )
     submit.add_argument(
         "-t", "--time", metavar="TIME", help="walltime (default: twice what distsurf plan says)"
@@ -265,6 +269,11 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
     return int(text)
+
+
+def _gpus(text: str) -> tuple[str, int]:
+    kind, colon, number = text.rpartition(":")
+    return kind + colon, _count(number)
 
 
 def _add_set(verb: argparse.ArgumentParser) -> None:

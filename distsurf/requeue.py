@@ -70,7 +70,7 @@ class Requeues:
         if note.barren >= MOST_BARREN:
             raise Incomplete(
                 f"the last {MOST_BARREN} starts of job {self._job.name} brought the surface no further: it is not "
-                "started again; its log tells why they ended"
+                "started again; its log tells why they ended, and whether the walltime leaves time for a point"
             )
         self._wait_for_the_last_start()
 

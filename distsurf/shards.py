@@ -21,7 +21,7 @@ from distsurf.errors import InputError
 from distsurf.grid import Grid
 
 MOST_SHARDS = 100_000
-_NAME = re.compile(r"(.+)\.shard-(\d{1,6})-of-(\d{1,6})(\.\w+)")
+_NAME = re.compile(r"(.+)\.shard-(\d{1,6})-of-(\d{1,6})(\.\w+)?")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def shard_files(whole: Path) -> dict[Path, ArrayShard]:
     if whole.parent.is_dir():
         for path in whole.parent.iterdir():
             match = _NAME.fullmatch(path.name)
-            if match and match[1] + match[4] == whole.name:
+            if match and match[1] + (match[4] or "") == whole.name:
                 with suppress(InputError):
                     found[path] = ArrayShard(int(match[2]), int(match[3]))
     return dict(sorted(found.items(), key=lambda item: (item[1].count, item[1].index)))
@@ -72,7 +72,7 @@ def shard_files(whole: Path) -> dict[Path, ArrayShard]:
 def surfaces_in(folder: Path) -> dict[Path, dict[Path, ArrayShard]]:
     """Every surface in a folder that is there or has shards there, with its shards."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    wholes = {found[1] + found[4] for name in names if (found := _NAME.fullmatch(name))}
+    wholes = {found[1] + (found[4] or "") for name in names if (found := _NAME.fullmatch(name))}
     wholes |= {name for name in names if name.endswith(".h5") and not _NAME.fullmatch(name)}
     return {folder / name: shard_files(folder / name) for name in sorted(wholes)}
 

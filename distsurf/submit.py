@@ -11,9 +11,9 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +31,23 @@ SIGNAL_SECONDS = 120
 SPARE = 2.0
 """Walltime asked for, in units of the time that `distsurf plan` predicts: other nodes may be slower, or shared."""
 LEAST_MINUTES = 15
+MERGE_SECONDS = 1800
 ABOUT_THE_USER = ("--partition", "--account", "--qos", "--reservation", "--clusters")
 """Options of sbatch's that the merge needs too."""
 LONG_NAMES = {
-    "-A": "--account", "-D": "--chdir", "-d": "--dependency", "-J": "--job-name", "-M": "--clusters", "-n": "--ntasks",
-    "-o": "--output", "-p": "--partition", "-q": "--qos",
+    "-A": "--account", "-b": "--begin", "-D": "--chdir", "-d": "--dependency", "-H": "--hold", "-J": "--job-name",
+    "-M": "--clusters", "-n": "--ntasks", "-o": "--output", "-p": "--partition", "-q": "--qos", "-W": "--wait",
 }  # fmt: skip
 """Options of sbatch's that are looked for here, by their short names."""
+ONCE = ("--dependency", "--begin", "--hold")
+"""Options of sbatch's for one submission: the scripts are to be submitted again without them."""
+REFUSED = {
+    "--wait": "submit does not wait",
+    "--test-only": "--dry-run prints the scripts",
+    "--wrap": "submit writes the script",
+    "--parsable": "submit reads what sbatch prints",
+    "--chdir": "jobs run in the folder in which they are submitted: go there",
+}
 OWN_NAMES = (
     "--array",
     "--nodes",
@@ -71,6 +81,7 @@ class Wish:
     """How many shards run at a time; 0 for no limit."""
     nodes: int = 1
     gpus_per_node: int = 0
+    gpu_type: str = ""
     time: str = "01:00:00"
     requeues: int = 20
     options: tuple[str, ...] = ()
@@ -94,12 +105,15 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class Submitted:
-    """What was submitted: jobs' numbers, and of how many shards the surface is."""
+    """What was submitted: jobs' numbers, and of how many shards the surface is, how many of them at a time."""
 
     job: int
     merge: int | None
     shards: int
     tasks: str
+    at_once: int = 0
+    overrides: list[str] = field(default_factory=list)
+    """The values of the job that ``--set`` replaced."""
 
 
 # -- scripts ----------------------------------------------------------------------------------------------
@@ -136,8 +150,8 @@ def merge_script(wish: Wish) -> str:
         "# that is never met once a task has failed. It checks every shard, and names what is to be sent again.",
         _line("--job-name=distsurf-merge"),
         _line("--ntasks=1"),
-        _line("--time=00:30:00"),
-        _line("--output=" + _quoted(f"{wish.logs}%j-merge.log")),
+        _line(f"--time={_merge_time(wish.time)}"),
+        _line("--output=" + _quoted(f"{_pattern(wish.logs)}%j-merge.log")),
         *([_line("--chdir=" + _quoted(wish.folder))] if wish.folder else []),
         *(_line(_joined(option)) for option in about_the_user),
     ]
@@ -151,12 +165,15 @@ def _lines(wish: Wish, name: str, log: str) -> list[str]:
         "--job-name": (f"={name}", ""),
         "--nodes": (f"={wish.nodes}", ""),
         "--ntasks-per-node": (f"={wish.gpus_per_node or 1}", "ranks"),
-        "--gpus-per-node": (f"={wish.gpus_per_node}", "one for each rank; without this line: CPUs"),
+        "--gpus-per-node": (
+            f"={wish.gpu_type}{wish.gpus_per_node}",
+            "one for each rank; without this line: CPUs",
+        ),
         "--time": (f"={wish.time}", ""),
         "--signal": (f"=USR2@{SIGNAL_SECONDS}", "before the end of its walltime: time to save"),
         "--requeue": ("", "may come back"),
         "--open-mode": ("=append", "one log over all its starts"),
-        "--output": ("=" + _quoted(f"{wish.logs}{log}.log"), ""),
+        "--output": ("=" + _quoted(f"{_pattern(wish.logs)}{log}.log"), ""),
         "--chdir": ("=" + _quoted(wish.folder or ""), ""),
     }
     if _has_tasks(wish.options):
@@ -174,16 +191,26 @@ def _joined(option: tuple[str, ...]) -> str:
     return ("=" if name.startswith("--") else " ").join([name, *map(_quoted, value)])
 
 
-def reference(whole: Path, shards: Iterable[Path]) -> SurfaceFile | None:
-    """A file that tells which job it is all about: the first that can be read, closed; None if there is none."""
-    for path in (*shards, whole):
-        with suppress(DistsurfError), SurfaceFile.open(path) as file:
-            return file
-    return None
+def _pattern(name: str) -> str:
+    """A name in which sbatch is to replace nothing."""
+    return name.replace("%", "%%")
+
+
+def _merge_time(time: str) -> str:
+    """Half an hour, or what a shard has where that is less: partitions may not give more."""
+    seconds = slurm.seconds_of(time)
+    return time if seconds is not None and seconds < MERGE_SECONDS else "00:30:00"
 
 
 def _quoted(value: str) -> str:
-    """A value as sbatch reads it in a script: quoted where it has spaces, or what would begin a comment."""
+    """A value as sbatch reads it in a script: quoted where it has spaces, or what would begin a comment.
+
+    Raises InputError for what cannot be written there.
+    """
+    if any(mark in value for mark in '"\\\n\r'):
+        raise InputError(
+            f"{value!r}: quotes, backslashes and line breaks cannot be written into a batch script"
+        )
     return f'"{value}"' if any(mark in value for mark in " \t#") else value
 
 
@@ -221,11 +248,12 @@ def _pairs(options: Sequence[str]) -> list[tuple[str, ...]]:
             name, equals, value = word.partition("=")
             if not word.startswith("--") and len(word) > 2:
                 name, equals, value = word[:2], "=", word[2:]
-            if whole := next(
-                (own for own in OWN_NAMES if own.startswith(name) and name.startswith("--")), None
-            ):
-                raise InputError(f"{name}: write {whole} in full")
             name = LONG_NAMES.get(name, name)
+            is_short = name.startswith("--") and name != "--gpus"  # which is sbatch's
+            if whole := next((own for own in OWN_NAMES if own.startswith(name) and is_short), None):
+                raise InputError(f"{name}: write {whole} in full")
+            if name in REFUSED:
+                raise InputError(f"{word}: {REFUSED[name]}")
             found.append((name, value) if equals else (name,))
         elif found and len(found[-1]) == 1:
             found[-1] = (*found[-1], word)
@@ -241,7 +269,7 @@ def _pairs(options: Sequence[str]) -> list[tuple[str, ...]]:
 
 def folder_of(whole: Path) -> Path:
     """Where the scripts, logs and numbers of a surface's jobs lie."""
-    return whole.parent / "slurm"
+    return whole.with_name("slurm" if whole.stem == "surface" else f"{whole.stem}.slurm")
 
 
 def scripts(wish: Wish) -> dict[str, str]:
@@ -252,20 +280,19 @@ def scripts(wish: Wish) -> dict[str, str]:
 
 
 def apart(options: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """Options of sbatch's for the scripts, and those for this one submission: on what it depends."""
+    """Options of sbatch's for the scripts, and those for this one submission (`ONCE`)."""
     pairs = _pairs(options)
-    once = [_joined(pair) for pair in pairs if pair[0] == "--dependency"]
-    return tuple(word for pair in pairs if pair[0] != "--dependency" for word in pair), once
+    once = ["=".join(pair) for pair in pairs if pair[0] in ONCE]
+    return tuple(word for pair in pairs if pair[0] not in ONCE for word in pair), once
 
 
-def require_time_to_save(wish: Wish) -> None:
-    """Raise InputError where a job's walltime would end before the signal by which it is told to save."""
-    told = {option[0]: option[1:] for option in _pairs(wish.options)}
-    after = re.search(r"@(\d+)$", "".join(told.get("--signal", (f"@{SIGNAL_SECONDS}",))))
-    seconds = slurm.seconds_of(wish.time)
+def require_time_to_save(time: str, script: str) -> None:
+    """Raise InputError where a walltime would end before the signal by which the script's job is told to save."""
+    after = re.search(r"^#SBATCH --signal=\S*@(\d+)", script, re.MULTILINE)
+    seconds = slurm.seconds_of(time)
     if seconds is not None and after is not None and seconds <= int(after[1]):
         raise InputError(
-            f"--time {wish.time}: the job is told to save {after[1]} s before its walltime ends (--signal), and has no "
+            f"--time {time}: the job is told to save {after[1]} s before its walltime ends (--signal), and has no "
             "time before that; give more"
         )
 
@@ -279,10 +306,14 @@ def require_free(whole: Path, text: str, options: Sequence[str]) -> None:
     if not alive:
         return
     numbers = ", ".join(str(number) for number in sorted({job.task.job for job in alive}))
-    if not any(option[0] == "--dependency" for option in _pairs(options)):
+    newest = max(alive, key=lambda job: job.submitted.job).submitted
+    waits_for = re.findall(
+        r"\d+|singleton", "".join(_joined(o) for o in _pairs(options) if o[0] == "--dependency")
+    )
+    if not {"singleton", str(newest.job), str(newest.merge)} & set(waits_for):
         raise InputError(
             f"job {numbers} for {whole} is in the queue: scancel it first, or have this one wait: "
-            f"--dependency=afterany:{max(job.task.job for job in alive)}"
+            f"--dependency=afterany:{newest.merge or newest.job}"
         )
     kept = folder_of(whole) / JOB_FILE
     if kept.exists() and kept.read_text() != text:
@@ -292,20 +323,34 @@ def require_free(whole: Path, text: str, options: Sequence[str]) -> None:
         )
 
 
-def write_scripts(whole: Path, wish: Wish, text: str) -> list[Path]:
-    """Write the job's text and the scripts, and return these in the order in which they are submitted."""
-    texts = scripts(wish)
-    with replacing(folder_of(whole) / JOB_FILE) as temporary:
-        temporary.write_text(text)
-    paths = [folder_of(whole) / name for name in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
-        with replacing(path) as temporary:
-            temporary.write_text(text)
-    return paths
+@contextmanager
+def written_scripts(whole: Path, wish: Wish, text: str) -> Iterator[list[Path]]:
+    """Write the job's text and the scripts; yields these in the order in which they are submitted.
+
+    Where that fails, all are again what they were: what was submitted before may be submitted again.
+    """
+    texts = {folder_of(whole) / JOB_FILE: text}
+    texts |= {folder_of(whole) / name: script for name, script in scripts(wish).items()}
+    before = {path: path.read_bytes() if path.exists() else None for path in texts}
+    try:
+        for path, new in texts.items():
+            with replacing(path) as temporary:
+                temporary.write_text(new)
+        yield list(texts)[1:]
+    except BaseException:
+        for path, old in before.items():
+            if old is None:
+                path.unlink(missing_ok=True)
+                continue
+            with replacing(path) as temporary:
+                temporary.write_bytes(old)
+        with suppress(OSError):  # there may be logs in it
+            folder_of(whole).rmdir()
+        raise
 
 
 def send(
-    files: Sequence[Path], whole: Path, shards: int, tasks: str, options: Sequence[str] = ()
+    files: Sequence[Path], whole: Path, wish: Wish, tasks: str, options: Sequence[str] = ()
 ) -> Submitted:
     """Submit a script, and the merge that waits for it. Raises InputError: then nothing is submitted."""
     first = slurm.submit(str(files[0]), options)
@@ -317,7 +362,7 @@ def send(
             with suppress(InputError):
                 slurm.ask("scancel", str(first))
             raise InputError(f"{error}; the array {first} was cancelled") from error
-    submitted = Submitted(first, merge_job, shards, tasks)
+    submitted = Submitted(first, merge_job, wish.shards, tasks, wish.at_once, list(wish.overrides))
     told = [*read_submitted(whole), submitted]
     with replacing(folder_of(whole) / "submitted.json") as temporary:
         temporary.write_text(json.dumps([asdict(one) for one in told], indent=1) + "\n")
@@ -329,6 +374,14 @@ def read_submitted(whole: Path) -> list[Submitted]:
     with suppress(OSError, ValueError, TypeError):
         return [Submitted(**one) for one in json.loads((folder_of(whole) / "submitted.json").read_text())]
     return []
+
+
+def submitted_in(folder: Path) -> list[Path]:
+    """The surfaces of a folder for which something was submitted."""
+    names = sorted(path.parent.name for path in folder.glob("*/submitted.json"))
+    stems = ["surface" if name == "slurm" else name.removesuffix(".slurm") for name in names]
+    wholes = [whole for stem in stems for whole in [folder / f"{stem}.h5"] if folder_of(whole).name in names]
+    return [whole for whole in wholes if read_submitted(whole)]
 
 
 def environment_line() -> str:
@@ -378,6 +431,16 @@ class ShardState:
     trouble: str = ""
 
 
+def reference(whole: Path, shards: Iterable[Path]) -> SurfaceFile | None:
+    """A file of the job that most of them are of, the shards before the whole, closed; None if none can be read."""
+    files = []
+    for path in (*shards, whole):
+        with suppress(DistsurfError), SurfaceFile.open(path) as file:
+            files.append(file)
+    told = [json.dumps(file.fingerprint, sort_keys=True) for file in files]
+    return max(zip(files, map(told.count, told), strict=True), key=lambda one: one[1])[0] if files else None
+
+
 def shard_states(whole: Path, count: int, grid: Grid, fingerprint: Mapping[str, str]) -> list[ShardState]:
     """How far each of the shards is, by their files."""
     shards = [ArrayShard(index, count) for index in range(count)]
@@ -394,7 +457,8 @@ def state_of(path: Path, shard: ArrayShard, grid: Grid, fingerprint: Mapping[str
             if differing := file.difference(fingerprint):
                 return ShardState(shard, 0, size, f"of another job: {differing}")
             if (file.shard or ArrayShard(0, 1)) != shard:
-                return ShardState(shard, 0, size, f"it is a copy of shard {file.shard}: move it away")
+                what = f"shard {file.shard}" if file.shard else "the whole surface"
+                return ShardState(shard, 0, size, f"it is a copy of {what}: move it away")
             status = file.status().ravel()[file.points()]
     except DistsurfError as error:
         return ShardState(shard, 0, size, str(error))
@@ -407,7 +471,7 @@ def still_missing(whole: Path, count: int) -> tuple[Merged | None, list[int]]:
     if not shard_files(whole) and not whole.exists():
         return None, list(range(count))
     merged = merge(whole)
-    return merged, missing_tasks(merged.surface)
+    return merged, missing_tasks(merged.surface, count)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_settings_go_to_the_run_and_the_merge(folder: Path, capsys: pytest.Captu
     assert main(["submit", "mine.toml", "--array", "2", "--time", "5", *given, "--dry-run"]) == 0
     run, merge = [line for line in _script(capsys.readouterr().out) if line.startswith("distsurf")]
     assert run.startswith(
-        "distsurf run slurm/job.toml --set run.precision=bf16 --out 'a b.h5' --under \"srun\""
+        "distsurf run 'a b.slurm/job.toml' --set run.precision=bf16 --out 'a b.h5' --under \"srun\""
     )
     assert merge == "distsurf merge 'a b.h5'"
 
@@ -98,6 +98,15 @@ def test_one_job_over_nodes(folder: Path, capsys: pytest.CaptureFixture[str]) ->
             "is told to save 3600 s before its walltime ends",
         ),
         (["--arr", "3", "--time", "5"], "--arr: write --array in full"),
+        (["--array", "3", "--time", "5", "-W"], "-W: submit does not wait"),
+        (["--array", "3", "--time", "5", "--test-only"], "--test-only: --dry-run prints the scripts"),
+        (
+            ["--array", "3", "--time", "5", "-D/elsewhere"],
+            "jobs run in the folder in which they are submitted",
+        ),
+        (["--array", "3", "--time", "5", "--comment", 'a "b"'], "cannot be written into a batch script"),
+        (["--array", "3", "--time", "5", "--comment", "a\nb"], "cannot be written into a batch script"),
+        (["--array", "3", "--time", "5", "--gpus-per-node", "a100:x"], "'x': expected a whole number"),
         (["--array", "0"], "--array 0: expected the number of shards N, or N%M"),
         (["--array", "16", "--time", "5", "--dry-run"], "the grid has 15 points only"),
         (["--array", "2", "--time", "5", "--dry-run", "--exclusive", "a", "b"], "'b' belongs to no option"),
@@ -268,8 +277,12 @@ def test_folders_with_spaces_are_quoted(folder: Path, capsys: pytest.CaptureFixt
     given = ["--out", "a b/s.h5", "--comment", "x # y", "--time", "5", "--dry-run"]
     assert main(["submit", "mine.toml", "--array", "2", *given]) == 0
     script = _script(capsys.readouterr().out)
-    assert '#SBATCH --output="a b/slurm/%A_%a.log"' in script
-    assert '#SBATCH --output="a b/slurm/%j-merge.log"' in script
+    assert '#SBATCH --output="a b/s.slurm/%A_%a.log"' in script
+    assert '#SBATCH --output="a b/s.slurm/%j-merge.log"' in script
+    assert (
+        main(["submit", "mine.toml", "--array", "2", "--time", "5", "--out", "100%j/s.h5", "--dry-run"]) == 0
+    )
+    assert "#SBATCH --output=100%%j/s.slurm/%A_%a.log" in _script(capsys.readouterr().out)
 
 
 def _shard(whole: Path, index: int, count: int, grid: str, job: str = "", most: int = 1) -> Path:
@@ -346,6 +359,99 @@ def test_files_of_another_job_are_told_before_it_is_submitted(
     path.unlink()
     assert main(["merge", "mine.toml"]) == 1
     assert "nothing is evaluated yet" in capsys.readouterr().err
+
+
+def test_surfaces_of_one_folder_have_jobs_of_their_own(
+    sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit = ["submit", "mine.toml", "--time", "5"]
+    assert main([*submit, "--array", "4", "--out", "a.h5"]) == 0
+    assert main([*submit, "--array", "2", "--set", "grid.x=-1:1:3", "--out", "b.h5"]) == 0
+    assert "/4" in (sbatch / "a.slurm/array.sbatch").read_text()
+    capsys.readouterr()
+    assert main(["submit", "mine.toml", "--out", "a.h5", "--missing", "--dry-run"]) == 0
+    assert "missing: --array=1-3 (of 4 shards)" in capsys.readouterr().out
+    assert main(["status", "."]) == 0
+    told = capsys.readouterr().out
+    assert "a.h5: nothing is evaluated yet\n4 shards of a.h5:\n      0  17_0 PENDING (Resources)" in told
+    assert "2 shards of b.h5:" in told
+
+
+def test_a_refused_submission_leaves_what_was_there(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scripts of the last one that was accepted are those that --missing sends."""
+    accepted, refusing = sbatch / "bin/sbatch", "#!/bin/sh\necho no such partition >&2; exit 1\n"
+    answering = accepted.read_text()
+    accepted.write_text(refusing)
+    assert main(["submit", "mine.toml", "--array", "4%2", "--time", "5"]) == 1
+    assert not (sbatch / "runs/mine/slurm").exists()
+    accepted.write_text(answering)
+    assert main(["submit", "mine.toml", "--array", "4%2", "--time", "5", "--hold"]) == 0
+    before = {path: path.read_bytes() for path in (sbatch / "runs/mine/slurm").iterdir()}
+    (sbatch / "bin/squeue").write_text("#!/bin/sh\n")  # it has gone
+    accepted.write_text(refusing)
+    assert main(["submit", "mine.toml", "--array", "8", "--time", "5", "-p", "nowhere"]) == 1
+    assert {path: path.read_bytes() for path in (sbatch / "runs/mine/slurm").iterdir()} == before
+    accepted.write_text(answering)
+    assert main(["submit", "mine.toml", "--missing", "--set", "grid.x=-1:1:3"]) == 0
+    assert "--set is not taken" in capsys.readouterr().err
+    asked = (sbatch / "asked").read_text().splitlines()
+    assert "sbatch --parsable --hold runs/mine/slurm/array.sbatch" in asked
+    assert (
+        "sbatch --parsable --array=0-3%2 runs/mine/slurm/array.sbatch" in asked
+    )  # neither held, nor all at once
+    assert main(["submit", "mine.toml", "--missing", "-t", "1"]) == 1
+    assert "is told to save 120 s before" in capsys.readouterr().err
+
+
+def test_missing_shards_are_those_of_the_last_cut(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shards of another cut fill points; what is left is asked for in numbers that the script knows."""
+    assert main(["submit", "mine.toml", "--array", "2", "--time", "5"]) == 0
+    (sbatch / "bin/squeue").write_text("#!/bin/sh\n")
+    whole = sbatch / "runs/mine/surface.h5"
+    for index in range(3):
+        _shard(whole, index, 4, "0:1:8", most=2)
+    capsys.readouterr()
+    assert main(["submit", "mine.toml", "--missing"]) == 0
+    assert "missing: --array=1 (of 2 shards)" in capsys.readouterr().out
+    assert main(["check", str(whole)]) == 3
+    assert "missing: --array=1 (of 2 shards)" in capsys.readouterr().out
+
+
+def test_only_a_dependency_on_what_is_queued_lets_another_one_in(
+    sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit = ["submit", "mine.toml", "--array", "2", "--time", "5"]
+    assert main(submit) == 0
+    assert main([*submit, "-d", "afterok:16"]) == 1
+    assert "or have this one wait: --dependency=afterany:17" in capsys.readouterr().err
+    assert main([*submit, "-d", "singleton"]) == 0
+
+
+def test_a_file_that_is_no_shard_is_to_be_moved_away(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = folder / "s.h5"
+    _shard(whole, 0, 3, "0:1:9", most=3)
+    ArrayShard(1, 3).path(whole).touch()
+    assert main(["merge", "s.h5"]) == 1
+    assert (
+        "shard-1-of-3.h5 is not a surface file of distsurf. Without that file the others merge: move it"
+        in (capsys.readouterr().err)
+    )
+    bare = folder / "bare"
+    _shard(bare, 0, 1, "0:1:3", most=3).rename(ArrayShard(0, 1).path(bare))
+    assert main(["merge", "bare", "--no-pictures"]) == 0
+
+
+def test_a_complete_surface_is_not_submitted(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = sbatch / "runs/mine/surface.h5"
+    with SurfaceFile.create(
+        whole, Grid.parse({"x": "-1:1:5", "y": "0:1:3"}), (Column("loss"),), job=Job.read(JOB).to_toml()
+    ) as file:
+        file.record(np.arange(15), np.ones((15, 1)), np.ones(15))
+    assert main(["submit", "mine.toml", "--array", "2", "--time", "5"]) == 0
+    assert "is complete: there is nothing to submit" in capsys.readouterr().out
+    assert not (sbatch / "asked").exists()
 
 
 def test_walltimes_are_read_in_every_form() -> None:

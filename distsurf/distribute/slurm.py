@@ -55,7 +55,8 @@ def ask(*command: str, text: str | None = None) -> str:
             command, input=text, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise InputError(f"{command[0]} has not answered for {COMMAND_SECONDS:g} s") from None
+        also = "; what it was to submit may be in the queue (squeue --me)" if command[0] == "sbatch" else ""
+        raise InputError(f"{command[0]} has not answered for {COMMAND_SECONDS:g} s{also}") from None
     if ended.returncode != 0:
         said = " ".join(ended.stderr.split()) or f"exit code {ended.returncode}"
         raise InputError(f"{command[0]} refused: {said}")

@@ -90,13 +90,22 @@ def tell_missing(surface: Surface) -> None:
     """What of a surface is not there, and the shards to send again."""
     from distsurf.merge import missing_tasks
     from distsurf.shards import as_array
+    from distsurf.submit import read_submitted
     from distsurf.surface import Status
 
     failed = surface.count(Status.FAILED)
     print(f"{len(surface.missing) - failed:,} pending, {failed:,} failed: run the job again to continue")
-    tasks = missing_tasks(surface)
-    if tasks:
-        print(f"missing: --array={as_array(tasks)} (of {surface.facts['shards']} shards)")
+    sent = (
+        [] if surface.path is None else [one.shards for one in read_submitted(surface.path) if one.shards > 1]
+    )
+    count = sent[-1] if sent else surface.facts.get("shards")
+    if (
+        isinstance(count, int)
+        and count > 1
+        and surface.shard is None
+        and (tasks := missing_tasks(surface, count))
+    ):
+        print(f"missing: --array={as_array(tasks)} (of {count} shards)")
 
 
 def printable(text: str) -> str:

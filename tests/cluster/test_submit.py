@@ -149,6 +149,14 @@ def test_a_cancelled_task_is_named_and_sent_again(site: Site) -> None:
     assert "nothing is missing" in site.distsurf("submit", "job.toml", "--missing").out
 
 
+def test_one_job_over_two_nodes(site: Site) -> None:
+    """srun within an allocation over two nodes: four ranks that are one job."""
+    site.submit("--nodes", 2, "--ntasks-per-node", 2)
+    site.wait_until_done()
+    assert "4 ranks on" in site.logs()
+    site.require_truth()
+
+
 @pytest.mark.parametrize("partition", ["lo", "grace"])
 def test_a_preempted_job_comes_back(site: Site, partition: str) -> None:
     """At once requeued by SLURM itself, or, with time to go, from within the job."""
