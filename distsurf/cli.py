@@ -18,7 +18,7 @@ from distsurf.distribute.launcher import launched
 from distsurf.distribute.signals import killed_by_signals
 from distsurf.errors import DistsurfError, Incomplete, in_one_line
 from distsurf.options import Verb, parse
-from distsurf.verbs import cluster, files, matrices, measure, run
+from distsurf.verbs import cluster, files, matrices, measure, run, trajectory
 
 VERBS: dict[str, Verb] = {
     "run": run.run,
@@ -28,6 +28,7 @@ VERBS: dict[str, Verb] = {
     "merge": files.merge,
     "svd": matrices.svd,
     "submit": cluster.submit,
+    "trajectory": trajectory.trajectory,
     "bench": measure.bench,
     "plan": measure.plan,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,32 @@ def keep(path: Path, layout: Layout, direction: NDArray[np.float32], about: Mapp
     except InputError:
         if not path.exists():
             raise
+
+
+def write_plane(
+    path: Path, layout: Layout, directions: NDArray[np.float32], trajectory: Mapping[str, Any]
+) -> None:
+    """Write the directions ``(2, size)`` of a plane, and the path that a training takes in it."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{axis}.{name}": torch.from_numpy(np.ascontiguousarray(view))
+        for axis, direction in zip("xy", directions, strict=True)
+        for name, view in zip(layout.names, layout.views(direction), strict=True)
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, str(temporary), metadata={"kind": KIND, "trajectory": json.dumps(trajectory)})
+
+
+def read_trajectory(path: Path) -> dict[str, Any] | None:
+    """The path that `write_plane` wrote beside directions; None where there is none."""
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("trajectory")
+    return None if told is None else dict(json.loads(told))
 
 
 def read_kept(path: Path, layout: Layout, about: Mapping[str, str]) -> NDArray[np.float32]:

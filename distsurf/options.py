@@ -26,6 +26,7 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf check surface.h5      is the file sound and complete? (--repair)
   distsurf submit my.toml --array 16   on a SLURM cluster; then: status runs/my
   distsurf plan my.toml --ranks 64   how long it will take, and what memory
+  distsurf trajectory "ckpt/*.pt" --job my.toml   the loss around a training's path
   distsurf svd surface.h5        which rank approximates it how well
   distsurf bench my.toml         how fast it is beside other ways to do it
 
@@ -195,6 +196,38 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     submit.add_argument("--out", metavar="FILE.h5", help="the surface file (default: runs/NAME/surface.h5)")
     _add_set(submit)
     submit.add_argument("--dry-run", action="store_true", help="print the scripts; write and submit nothing")
+
+    path = verb(
+        "trajectory",
+        "The principal plane of a training's checkpoints, in training order; with a job, the loss around their path. "
+        "In one process, or under mpirun with the parameters shared out.",
+    )
+    path.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help='files, or a pattern in quotes: "c/*.pt"'
+    )
+    path.add_argument(
+        "--job", type=Path, metavar="JOB.toml", help="with the model, data and objective of the surface"
+    )
+    _add_set(path)
+    path.add_argument(
+        "--center", default="last", help="the plane goes through first, last (default), or a checkpoint"
+    )
+    path.add_argument(
+        "--about",
+        choices=("center", "mean"),
+        default="center",
+        help="components about the centre (default), or about the checkpoints' mean, as scikit-learn's PCA",
+    )
+    path.add_argument(
+        "--scale",
+        choices=("none", "center"),
+        default="none",
+        help="axes in units of the weights (default), or of the centre's norm (Ding et al. 2023)",
+    )
+    path.add_argument(
+        "--points", type=_positive, default=31, metavar="N", help="of the surface, on each axis (31)"
+    )
+    path.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/NAME-trajectory")
 
     svd = verb(
         "svd",

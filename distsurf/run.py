@@ -189,7 +189,8 @@ class Prepared:
     statistics: Split | None
     """What batch-norm statistics are recomputed from, if they are."""
     models: list[dict[str, Any]]
-    """Where models lie in the subspace, as `distsurf.span` tells it."""
+    trajectory: dict[str, Any] | None
+    """Where models lie in the subspace, and the path of a training, as `distsurf.span` tells it."""
 
 
 def run(
@@ -289,6 +290,7 @@ def run(
                         ),
                         "facts": provenance.facts(job, placement, recipe, shared.subspace, shared.splits)
                         | {"models": shared.models}
+                        | ({} if shared.trajectory is None else {"trajectory": shared.trajectory})
                         | ({} if shard is None else {"shard": str(shard)}),
                     }
                     now = provenance.conditions(placement, recipe)
@@ -364,6 +366,7 @@ def prepare(
         assemble.wanted_splits(job, splits),
         assemble.training_split(splits) if recomputed else None,
         spanned.models,
+        spanned.trajectory,
     )
 
 

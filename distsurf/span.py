@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from distsurf.assemble import Live, Say, training_split
-from distsurf.direction_files import keep, read_direction, read_kept
+from distsurf.direction_files import keep, read_direction, read_kept, read_trajectory
 from distsurf.errors import InputError
 from distsurf.job import LIVE, DirectionSection, Job
 from distsurf.objective.data import Split
@@ -46,6 +46,8 @@ class Spanned:
     """The tensors that do not move."""
     models: list[dict[str, Any]]
     """Models whose place in the subspace is known, as JSON: ``name`` and ``at``, their coordinates."""
+    trajectory: dict[str, Any] | None
+    """The path that a training takes in it, as `distsurf.direction_files.read_trajectory` gives it."""
 
 
 def span(
@@ -95,7 +97,18 @@ def span(
         Subspace(layout, center, directions, pinned),
         {name: buffer.detach().clone() for name, buffer in fixed.items()},
         [{"name": Path(m.name).name.removeprefix(LIVE), "at": list(m.at)} for m in models],
+        _trajectory(job),
     )
+
+
+def _trajectory(job: Job) -> dict[str, Any] | None:
+    """Where both axes are those of one file, the path that it has."""
+    wishes = [job.directions.axis(name) for name in job.grid.grid().names]
+    files = {(wish.file, wish.normalization) for wish in wishes}
+    (file, how) = files.pop()
+    if files or file is None or how != "none" or len(wishes) != 2:
+        return None
+    return read_trajectory(Path(file))
 
 
 @dataclass(frozen=True)

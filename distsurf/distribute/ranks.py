@@ -106,6 +106,10 @@ class Ranks:
         fill(buffer)
         return buffer
 
+    def total(self, part: NDArray[Any]) -> NDArray[Any]:
+        """The sum of every rank's array, on every rank."""
+        return part
+
     def barrier(self) -> None:
         """Wait, asleep, until every rank is here."""
 
@@ -287,6 +291,14 @@ class MPIRanks(Ranks):
             self._broadcast_buffer(self._leaders, buffer)
         self.barrier()
         return buffer
+
+    def total(self, part: NDArray[Any]) -> NDArray[Any]:
+        flat = np.ascontiguousarray(part).reshape(-1)
+        result = np.empty_like(flat)
+        most = CHUNK // flat.itemsize
+        for start in range(0, len(flat), most):
+            self._wait(self._comm.Iallreduce(flat[start : start + most], result[start : start + most]))
+        return result.reshape(part.shape)
 
     def barrier(self) -> None:
         self._wait(self._comm.Ibarrier())

@@ -6,6 +6,7 @@ import hashlib
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -222,6 +223,19 @@ def read_checkpoint(
     return _find_state(_read_state(path, allow_pickle), key, path)
 
 
+def find_state(path: Path, key: str | None, allow_pickle: bool) -> dict[str, torch.Tensor]:
+    """The same with tensors that are read when they are used, where the format allows that (torch.save's of today)."""
+    return _find_state(_read_state(path, allow_pickle, mapped=True), key, path)
+
+
+def without_wrapper(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the prefix ``module.`` of DataParallel or ``_orig_mod.`` of torch.compile."""
+    for wrapper in ("module.", "_orig_mod."):
+        if state and all(name.startswith(wrapper) for name in state):
+            return {name.removeprefix(wrapper): value for name, value in state.items()}
+    return dict(state)
+
+
 def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str) -> None:
     """Load a state dict into ``model``.
 
@@ -229,9 +243,8 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], origin: str)
     tensors that are missing, unexpected, misshapen or of another kind; ``origin`` is what they are from.
     """
     own = model.state_dict()
-    for wrapper in ("module.", "_orig_mod."):
-        if not own.keys() & state.keys() and all(name.startswith(wrapper) for name in state):
-            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    if not own.keys() & state.keys():
+        state = without_wrapper(state)
     complaints = []
     # Tensors that share memory are one tensor: a file that names a tied weight once is complete.
     places = {name: (t.data_ptr(), t.shape) for name, t in own.items() if t.numel()}
@@ -266,7 +279,7 @@ def _some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _read_state(path: Path, allow_pickle: bool) -> Any:
+def _read_state(path: Path, allow_pickle: bool, mapped: bool = False) -> Any:
     if not path.is_file():
         raise InputError(f"no checkpoint {path}")
     try:
@@ -274,7 +287,9 @@ def _read_state(path: Path, allow_pickle: bool) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        # Mapped, the file is read where its tensors are used; torch's older format cannot be.
+        mapped = mapped and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=mapped)
     except pickle.UnpicklingError as error:
         if not allow_pickle and re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             raise InputError(

@@ -164,6 +164,19 @@ class Surface:
                     found.append((str(one["name"]), at))
         return found or [("trained model", (0.0,) * len(self.grid.axes))]
 
+    @property
+    def trajectory(self) -> NDArray[np.float64] | None:
+        """Coordinates ``(T, 2)`` of a training's checkpoints, in their order; None if this is no plane of one."""
+        try:
+            path = np.array(self.facts["trajectory"]["coordinates"], float)
+        except (TypeError, KeyError, ValueError):  # facts may be a stranger's, and anything
+            return None
+        return (
+            path
+            if path.ndim == 2 and path.shape[1] == len(self.grid.axes) == 2 and np.isfinite(path).all()
+            else None
+        )
+
     def barrier(self, name: str = "loss") -> float | None:
         """The largest rise of a column above the mean of its ends on the segment between two models.
 

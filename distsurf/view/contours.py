@@ -26,6 +26,8 @@ Floats = NDArray[np.float64]
 
 MODELS = ("+", "x", "D", "s", "^", "v")
 """Markers of models, in their order: of the one at the origin, and of others."""
+AVOIDED = 200
+"""Places on a trajectory that the numbers of contour lines keep clear of."""
 PANELS = 9
 """Most slices of a 3-D grid in one picture."""
 
@@ -61,7 +63,7 @@ def contour(
         lines = _plane(axes, x, y, fill(points, scale.drawn), scale, colours, 5)
         axes.set(xlabel=style.direction(0), ylabel=style.direction(1))
         optimum = best(surface, shown, points)
-        handles = _marks(axes, surface, optimum) + _holes(axes, x, y, points)
+        handles = _path(axes, surface) + _marks(axes, surface, optimum) + _holes(axes, x, y, points)
         style.heading(figure, axes, title, remarks(surface, [shown], scale.log))
         style.caption(figure, handles)
         if points.finite.any():
@@ -73,6 +75,10 @@ def contour(
         style.finish(figure)
         if lines is not None:
             marked = [at for _, at in surface.models] + ([] if optimum is None else [optimum[2]])
+            if surface.trajectory is not None:
+                steps = np.linspace(0, len(surface.trajectory) - 1, AVOIDED)
+                along = [np.interp(steps, np.arange(len(column)), column) for column in surface.trajectory.T]
+                marked += list(zip(*along, strict=True))
             label_lines(figure, axes, lines, scale.texts(np.asarray(lines.levels)), 6.5, marked)
     return figure
 
@@ -177,6 +183,34 @@ def _plane(
         return None
     ink = [style.contrasting(colours(norm(level))) for level in crossed]
     return axes.contour(x.values, y.values, drawn, crossed, colors=ink, linewidths=0.4, linestyles="solid")
+
+
+def _path(axes: Axes, surface: Surface) -> list[Artist]:
+    """Draw the path that a training takes in this plane, a dot at every checkpoint; what the legend is to show."""
+    path = surface.trajectory
+    if path is None:
+        return []
+    explained = surface.facts["trajectory"].get("explained")
+    if (
+        isinstance(explained, list)
+        and len(explained) == 2
+        and all(isinstance(share, float) for share in explained)
+    ):
+        labels = [f"component {k + 1} ({share:.1%} of the variance)" for k, share in enumerate(explained)]
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+    halo = [withStroke(linewidth=2.4, foreground="0.1")]
+    look: dict[str, Any] = {
+        "color": "white",
+        "lw": 1.1,
+        "marker": "o",
+        "ms": 2.6,
+        "mew": 0.0,
+        "path_effects": halo,
+        "zorder": 4,
+    }
+    line = axes.plot(path[:, 0], path[:, 1], label=f"trajectory, {len(path)} checkpoints", **look)
+    start = {"marker": "s", "ms": 4.5, "ls": "none", "mfc": "none", "mew": 1.0, "label": "its start"}
+    return [*line, *axes.plot(path[:1, 0], path[:1, 1], **{**look, **start})]
 
 
 def _marks(

@@ -435,3 +435,29 @@ def test_pyplot_is_never_imported(processes: Processes) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules\n",
     )
     assert ended.code == 0, ended.err
+
+
+def test_a_trajectory_and_the_models_are_drawn() -> None:
+    """Where they lie, with what they are; facts of a stranger's that are no path are no path."""
+    surface = surface_of(bowl, *SQUARE)
+    path = [[-0.5, 0.5], [0.25, 0.5], [0.0, 0.0]]
+    surface.facts = {
+        "trajectory": {"coordinates": path, "explained": [0.75, 0.125]},
+        "models": [
+            {"name": "a$b.pt", "at": [0, 0]},
+            {"name": "far.pt", "at": [9, 9]},
+            {"name": "b.pt", "at": [0.5, 0]},
+        ],
+    }
+    figure = contour(surface)
+    (axes,) = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert axes.get_xlabel() == "component 1 (75.0% of the variance)"
+    told = texts(figure)
+    assert {"trajectory, 3 checkpoints", "its start", r"a\$b.pt", "b.pt"} <= set(told)
+    assert "far.pt" not in told
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "trajectory, 3 checkpoints"]
+    np.testing.assert_array_equal(np.transpose(line.get_data()), path)
+    for odd in ({"coordinates": [[1]]}, {"coordinates": "x"}, 3, None, {"coordinates": [[0, float("nan")]]}):
+        surface.facts = {"trajectory": odd, "models": [odd, {"name": 1}, {"at": [0]}]}
+        assert surface.trajectory is None
+        assert "trained model" in texts(contour(surface))

@@ -1,0 +1,123 @@
+"""``distsurf trajectory`` as a user types it, in one process and with the parameters shared among ranks."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from distsurf.surface import Surface
+from tests.conftest import Processes
+
+NET = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 3))
+
+def data():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(64, 4, generator=g), torch.randint(3, (64,), generator=g)
+"""
+TRAIN = """
+import torch
+from torch import nn
+from net import net, data
+
+model, (x, y) = net(), data()
+optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+for step in range(12):
+    torch.save(model.state_dict(), f"step{step}.pt")
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+"""
+JOB = """
+name = "net"
+[model]
+factory = "net.py:net"
+[data]
+source = "net.py:data"
+batch_size = 64
+[run]
+threads = 1
+[grid]
+x = "-1:1:3"
+"""
+FIND = ("-m", "distsurf", "trajectory", "step*.pt", "--job", "job.toml", "--points", 7)
+
+
+@pytest.fixture
+def trained(processes: Processes) -> Processes:
+    (processes.folder / "net.py").write_text(NET)
+    (processes.folder / "job.toml").write_text(JOB)
+    assert processes.python("-c", TRAIN).code == 0
+    return processes
+
+
+def test_any_number_of_ranks_finds_the_same_plane(trained: Processes) -> None:
+    planes = {}
+    for ranks in (0, 1, 2, 5):
+        ended = trained.python(*FIND, "--out", f"of{ranks}", ranks=ranks)
+        assert ended.code == 0, ended.err
+        assert ended.out.count("12 checkpoints, from step0.pt to step11.pt; centre step11.pt") == 1
+        planes[ranks] = load_file(trained.folder / f"of{ranks}/plane.safetensors")
+    for plane in planes.values():
+        assert plane.keys() == planes[0].keys()
+        for name, tensor in plane.items():
+            np.testing.assert_allclose(tensor, planes[0][name], atol=1e-7)
+
+
+def test_the_surface_has_the_path(trained: Processes) -> None:
+    """The job runs as it is written; the path's loss is high at its start, and the centre's own at its end."""
+    ended = trained.python(*FIND, "--scale", "center")
+    assert ended.code == 0, ended.err
+    assert "runs/net-trajectory/job.toml" in ended.out
+    assert (
+        trained.python("-m", "distsurf", "run", "runs/net-trajectory/job.toml", "--progress", "none").code
+        == 0
+    )
+    surface = Surface.load(trained.folder / "runs/net-trajectory/surface.h5")
+    assert (trained.folder / "runs/net-trajectory/surface_contour.png").exists()
+    path = surface.trajectory
+    assert path is not None
+    assert path.shape == (12, 2)
+    low, high = path.min(axis=0), path.max(axis=0)
+    assert (low > [surface.x[0], surface.y[0]]).all()
+    assert (high < [surface.x[-1], surface.y[-1]]).all()
+    told = [
+        line.split()[:2] for line in ended.out.splitlines() if line.endswith(".pt") and "outside" not in line
+    ][1:]
+    np.testing.assert_allclose(np.array(told, float), path, rtol=1e-5, atol=1e-6)
+    nearest = [
+        surface["loss"][np.abs(surface.y - y).argmin(), np.abs(surface.x - x).argmin()]
+        for x, y in path[[0, -1]]
+    ]
+    assert nearest[0] > 2 * nearest[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("none*.pt",), "no file matches none*.pt"),
+        (("step1.pt",), "two checkpoints or more; 1 were given"),
+        (("step*.pt", "--center", "best"), "--center best: expected first, last, or one of the checkpoints"),
+        (("step*.pt", "none.pt"), "no checkpoint none.pt"),
+        (("step*.pt", "--set", "a.b=1"), "--set is for --job"),
+        (("step*.pt", "net.py"), "net.py cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_mistakes_are_one_line(
+    trained: Processes, arguments: tuple[str, ...], words: str, ranks: int
+) -> None:
+    ended = trained.python("-m", "distsurf", "trajectory", *arguments, ranks=ranks)
+    assert ended.code == 1
+    assert words in ended.err
+    assert len(re.findall("^distsurf: ", ended.err, re.MULTILINE)) == 1
+    assert "Traceback" not in ended.err
