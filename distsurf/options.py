@@ -11,6 +11,7 @@ from distsurf import __version__
 from distsurf.errors import InputError
 from distsurf.names import nearest
 
+FORMATS = ("li2018", "npz", "csv", "json", "vtk", "netcdf")
 ROUTES = ("gram", "lapack", "randomized")
 Verb = Callable[[argparse.Namespace], int]
 
@@ -28,6 +29,7 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf plan my.toml --ranks 64   how long it will take, and what memory
   distsurf trajectory "ckpt/*.pt" --job my.toml   the loss around a training's path
   distsurf svd surface.h5        which rank approximates it how well
+  distsurf export surface.h5 --to vtk   for other programs; import: from Li et al.'s
   distsurf bench my.toml         how fast it is beside other ways to do it
 
 `distsurf VERB --help` lists a verb's options. A job file names a model, data
@@ -240,6 +242,23 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     svd.add_argument("--route", choices=ROUTES, help="default: by size")
     svd.add_argument("-o", "--output", type=Path, help=".png, .pdf or .svg (default: beside the file)")
     svd.add_argument("--title")
+
+    imported = verb("import", "Read a surface of Li et al.'s public code (xcoordinates, train_loss, …).")
+    imported.add_argument("file", type=Path, metavar="THEIRS.h5")
+    imported.add_argument("-o", "--output", type=Path, help="default: NAME.imported.h5")
+
+    exported = verb("export", "Write a surface for other programs.")
+    exported.add_argument("file", type=Path, metavar="FILE.h5")
+    exported.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="li2018: for Li et al.'s plotting scripts; vtk: for ParaView",
+    )
+    exported.add_argument(
+        "--height", metavar="COLUMN", help="vtk: lift the points by a column, scaled to the width"
+    )
+    exported.add_argument("-o", "--output", type=Path, help="default: beside the file")
 
     bench = verb(
         "bench",

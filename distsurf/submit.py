@@ -350,14 +350,23 @@ def written_scripts(whole: Path, wish: Wish, text: str) -> Iterator[list[Path]]:
 
 
 def send(
-    files: Sequence[Path], whole: Path, wish: Wish, tasks: str, options: Sequence[str] = ()
+    files: Sequence[Path],
+    whole: Path,
+    wish: Wish,
+    tasks: str,
+    options: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> Submitted:
-    """Submit a script, and the merge that waits for it. Raises InputError: then nothing is submitted."""
-    first = slurm.submit(str(files[0]), options)
+    """Submit a script, and the merge that waits for it. Raises InputError: then nothing is submitted.
+
+    ``options`` are for the script; of ``more``, those that are about the user are for the merge too.
+    """
+    first = slurm.submit(str(files[0]), [*options, *more])
     merge_job = None
     if len(files) > 1:
         try:
-            merge_job = slurm.submit(str(files[1]), [f"--dependency=afterany:{first}"])
+            theirs = [_joined(pair) for pair in _pairs(more) if pair[0] in ABOUT_THE_USER]
+            merge_job = slurm.submit(str(files[1]), [f"--dependency=afterany:{first}", *theirs])
         except InputError as error:
             with suppress(InputError):
                 slurm.ask("scancel", str(first))

@@ -142,7 +142,7 @@ def _submit_missing(job: Job, whole: Path, options: argparse.Namespace) -> int:
     time = [] if options.time is None else [f"--time={options.time}"]
     limit = f"%{last.at_once}" if last.at_once else ""
     wish = submit.Wish("", tuple(last.overrides), shards=count, at_once=last.at_once)
-    told = submit.send(scripts, whole, wish, array, [f"--array={array}{limit}", *time, *options.more])
+    told = submit.send(scripts, whole, wish, array, [f"--array={array}{limit}", *time], options.more)
     _tell_submitted(told, scripts, whole, options)
     return 0
 
