@@ -227,6 +227,11 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         help="axes in units of the weights (default), or of the centre's norm (Ding et al. 2023)",
     )
     path.add_argument(
+        "--error",
+        action="store_true",
+        help="with --job: also the loss at every checkpoint against that at its projection (Ding et al. 2023)",
+    )
+    path.add_argument(
         "--points", type=_positive, default=31, metavar="N", help="of the surface, on each axis (31)"
     )
     path.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/NAME-trajectory")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from distsurf.subspace import Layout
     from distsurf.subspace.trajectory import Trajectory
 
+    Losses = tuple[str, NDArray[np.float64], NDArray[np.float64]]
+
 SHOWN = 10
 """Components in the table."""
 MARGIN = 0.2
@@ -33,6 +35,7 @@ MARGIN = 0.2
 def trajectory(options: argparse.Namespace) -> int:
     """Find the plane; with a job, write its directions and the job for the surface."""
     from distsurf.distribute.ranks import connected
+    from distsurf.job import Job
 
     with connected() as ranks, interrupted_by_signals():
         with ranks.together():
@@ -41,9 +44,18 @@ def trajectory(options: argparse.Namespace) -> int:
             job = None if options.job is None else read_job(options.job, options.set)
             if options.set and job is None:
                 raise InputError("--set is for --job")
+            if options.error and job is None:
+                raise InputError("--error is for --job")
         found = _plane(ranks, paths, center, job, options)
+        losses = None
+        if options.error and job is not None:
+            from distsurf.projection import losses_along
+
+            with ranks.together():
+                plane = Job.load((options.out or _folder(job)) / "job.toml")
+            losses = losses_along(ranks, plane, paths, found.coordinates)
         if ranks.rank == 0:
-            _tell(found, paths, center, job, options)
+            _tell(found, paths, center, job, losses, options)
     return 0
 
 
@@ -158,7 +170,12 @@ def _box(coordinates: NDArray[np.float64], points: int) -> list[str]:
 
 
 def _tell(
-    found: Trajectory, paths: list[Path], center: int, job: Job | None, options: argparse.Namespace
+    found: Trajectory,
+    paths: list[Path],
+    center: int,
+    job: Job | None,
+    losses: Losses | None,
+    options: argparse.Namespace,
 ) -> None:
     centred = f"about {paths[center].name}"
     print(f"{len(paths)} checkpoints, from {paths[0]} to {paths[-1]}; centre {paths[center]}")
@@ -168,9 +185,22 @@ def _tell(
     what = "uncentred" if options.about == "center" else "centred"
     unit = "the centre's norm" if options.scale == "center" else "weights"
     print(f"axes: the first two {what} components, in units of {unit}")
-    print(f"{'x':>12}  {'y':>12}  {'outside':>8}")
-    for path, (x, y), outside in zip(paths, found.coordinates, found.outside, strict=True):
-        print(f"{x:12.6g}  {y:12.6g}  {outside:8.2%}  {path.name}")
+    table = [("x", 12), ("y", 12), ("outside", 8)] + (
+        [] if losses is None else [(losses[0], 12), ("in plane", 12)]
+    )
+    print("  ".join(f"{name:>{width}}" for name, width in table))
+    for i, path in enumerate(paths):
+        x, y = found.coordinates[i] + 0.0  # no negative zero
+        row = [f"{x:12.6g}", f"{y:12.6g}", f"{found.outside[i]:8.2%}"]
+        row += [] if losses is None else [f"{values[i]:12.6g}" for values in losses[1:]]
+        print("  ".join([*row, path.name]))
+    if losses is not None:
+        from distsurf.projection import trajectory_error
+
+        error = trajectory_error(*losses[1:])
+        print(
+            f"trajectory error, the mean of ln² of {losses[0]} by that in the plane (Ding et al. 2023): {error:.4g}"
+        )
     if job is None:
         print("with --job JOB.toml: the loss in this plane, as a job", file=sys.stderr)
         return

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from distsurf.surface import Surface
@@ -109,6 +113,7 @@ def test_the_surface_has_the_path(trained: Processes) -> None:
         (("step*.pt", "--center", "best"), "--center best: expected first, last, or one of the checkpoints"),
         (("step*.pt", "none.pt"), "no checkpoint none.pt"),
         (("step*.pt", "--set", "a.b=1"), "--set is for --job"),
+        (("step*.pt", "--error"), "--error is for --job"),
         (("step*.pt", "net.py"), "net.py cannot be read"),
     ],
 )
@@ -121,3 +126,45 @@ def test_mistakes_are_one_line(
     assert words in ended.err
     assert len(re.findall("^distsurf: ", ended.err, re.MULTILINE)) == 1
     assert "Traceback" not in ended.err
+
+
+TRUTH = """
+import sys, torch
+from safetensors.torch import load_file
+from torch import nn
+from net import net, data
+
+model, (x, y) = net().eval(), data()
+plane = load_file("runs/net-trajectory/plane.safetensors")
+center = torch.load("step11.pt")
+places = [list(map(float, line.split())) for line in sys.stdin]
+
+def loss(state):
+    model.load_state_dict(state)
+    return float(nn.functional.cross_entropy(model(x), y).detach())
+
+for step, (a, b) in enumerate(places):
+    at = {n: t + a * plane["x." + n] + b * plane["y." + n] for n, t in center.items()}
+    print(loss(torch.load(f"step{step}.pt")), loss(at))
+"""
+
+
+@pytest.mark.parametrize("ranks", [0, 3])
+def test_the_losses_along_the_path_are_those_of_a_plain_loop(trained: Processes, ranks: int) -> None:
+    ended = trained.python(*FIND, "--error", ranks=ranks)
+    assert ended.code == 0, ended.err
+    lines = [line.split() for line in ended.out.splitlines() if re.search(r"step\d+\.pt$", line)]
+    rows = np.array([line[:2] + line[3:5] for line in lines if len(line) == 6], float)
+    assert len(rows) == 12
+    # The coordinates' full digits.
+    with safe_open(trained.folder / "runs/net-trajectory/plane.safetensors", "np") as file:
+        path = np.array(json.loads(file.metadata()["trajectory"])["coordinates"])
+    process = subprocess.run(
+        [sys.executable, "-c", TRUTH],
+        input="\n".join(f"{a!r} {b!r}" for a, b in path.tolist()),
+        cwd=trained.folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    expected = np.array([line.split() for line in process.stdout.splitlines()], float)
+    np.testing.assert_allclose(rows[:, 2:], expected, rtol=1e-5)
+    (error,) = re.findall(r"Ding et al. 2023\): (\S+)", ended.out)
+    np.testing.assert_allclose(float(error), np.mean(np.log(expected[:, 0] / expected[:, 1]) ** 2), rtol=1e-3)
