@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,11 +58,19 @@ x = "-1:1:3"
 FIND = ("-m", "distsurf", "trajectory", "step*.pt", "--job", "job.toml", "--points", 7)
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model's code, a job, and twelve checkpoints of its training."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "net.py").write_text(NET)
+    (folder / "job.toml").write_text(JOB)
+    subprocess.run([sys.executable, "-c", TRAIN], cwd=folder, check=True)
+    return folder
+
+
 @pytest.fixture
-def trained(processes: Processes) -> Processes:
-    (processes.folder / "net.py").write_text(NET)
-    (processes.folder / "job.toml").write_text(JOB)
-    assert processes.python("-c", TRAIN).code == 0
+def trained(checkpoints: Path, processes: Processes) -> Processes:
+    shutil.copytree(checkpoints, processes.folder, dirs_exist_ok=True)
     return processes
 
 
