@@ -18,8 +18,7 @@ Verb = Callable[[argparse.Namespace], int]
 OVERVIEW = """\
 The loss surface of a neural network on a grid, on one core or many GPUs.
 
-  distsurf run                   the built-in example, on handwritten digits
-  distsurf run my.toml           a job of your own, in one process
+  distsurf run                   the built-in example; run my.toml: your own job
   mpirun -n 8 distsurf run my.toml   on 8 ranks; the same command continues it
   distsurf run my.toml --ranks 8 --restarts 5   the same, again if it dies
   distsurf status surface.h5     what is in a surface file, finished or not
@@ -27,9 +26,9 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf check surface.h5      is the file sound and complete? (--repair)
   distsurf submit my.toml --array 16   on a SLURM cluster; then: status runs/my
   distsurf plan my.toml --ranks 64   how long it will take, and what memory
-  distsurf trajectory "ckpt/*.pt" --job my.toml   the loss around a training's path
+  distsurf trajectory "c/*.pt" --job my.toml   the loss around a training's path
   distsurf svd surface.h5        which rank approximates it how well
-  distsurf export surface.h5 --to vtk   for other programs; import: from Li et al.'s
+  distsurf export surface.h5 --to vtk   for other programs (import: Li et al.'s)
   distsurf bench my.toml         how fast it is beside other ways to do it
 
 `distsurf VERB --help` lists a verb's options. A job file names a model, data

@@ -103,6 +103,8 @@ def span(
 
 def _trajectory(job: Job) -> dict[str, Any] | None:
     """Where both axes are those of one file, the path that it has."""
+    if job.directions.kind == "plane":
+        return None
     wishes = [job.directions.axis(name) for name in job.grid.grid().names]
     files = {(wish.file, wish.normalization) for wish in wishes}
     (file, how) = files.pop()
