@@ -69,12 +69,8 @@ def merge(whole: Path, sources: Sequence[Path] = ()) -> Merged:
             paths = [whole, *(path for path in paths if path != whole)]
         merged = _Sum()
         for path in paths:
-            try:
-                merged.add(path)
-            except (InputError, DamagedFile) as error:
-                if path == whole or path not in named:
-                    raise
-                raise type(error)(f"{error}. Without that file the others merge: move it away") from error
+            is_shard = path != whole and path in named
+            merged.add(path, ". Without that file the others merge: move it away" if is_shard else "")
         surface = merged.surface
         is_new = merged.changes > 0 or not whole.exists()
         if is_new:
@@ -109,9 +105,13 @@ class _Sum:
         self._origin = np.empty(0, np.int64)  # of every point, the number of the file that it comes from
         self._paths: list[Path] = []
 
-    def add(self, path: Path) -> None:
-        """Take what a file has."""
-        with SurfaceFile.open(path) as file:
+    def add(self, path: Path, advice: str) -> None:
+        """Take what a file has; ``advice`` is for one that cannot be opened."""
+        try:
+            opened = SurfaceFile.open(path)
+        except (InputError, DamagedFile) as error:
+            raise type(error)(f"{error}{advice}") from error
+        with opened as file:
             file.require_sound(points_only=True)
             if self._paths and (differing := file.difference(self.surface.fingerprint)):
                 raise InputError(
