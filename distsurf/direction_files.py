@@ -50,6 +50,18 @@ def write_plane(
         save_file(tensors, str(temporary), metadata={"kind": KIND, "trajectory": json.dumps(trajectory)})
 
 
+def read_plane(path: Path, layout: Layout) -> NDArray[np.float32]:
+    """Both directions ``(2, size)`` of a file that `write_plane` wrote. Raises InputError."""
+    state = read_checkpoint(path)
+    axes = [{n.removeprefix(f"{a}."): t for n, t in state.items() if n.startswith(f"{a}.")} for a in "xy"]
+    for axis, tensors in zip("xy", axes, strict=True):
+        if missing := [name for name in layout.names if name not in tensors]:
+            raise InputError(
+                f"{path} has no tensor {axis}.{missing[0]}; a plane that distsurf trajectory wrote was expected"
+            )
+    return np.stack([_flat(tensors, layout, path) for tensors in axes])
+
+
 def read_trajectory(path: Path) -> dict[str, Any] | None:
     """The path that `write_plane` wrote beside directions; None where there is none."""
     if path.suffix != ".safetensors":

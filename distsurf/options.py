@@ -214,6 +214,12 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         "--center", default="last", help="the plane goes through first, last (default), or a checkpoint"
     )
     path.add_argument(
+        "--plane",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="where the checkpoints lie in a plane that was written before, moved to the centre",
+    )
+    path.add_argument(
         "--about",
         choices=("center", "mean"),
         default="center",

@@ -118,6 +118,57 @@ def principal_plane(
     )
 
 
+def project(
+    checkpoints: Checkpoints,
+    center: int,
+    directions: NDArray[np.float32],
+    *,
+    rank: int = 0,
+    size: int = 1,
+    total: Total = lambda part: part,
+    together: Step = lambda step: step(),
+) -> Trajectory:
+    """Where checkpoints lie in a given plane through one of them: least squares in ``directions`` ``(2, size)``.
+
+    ``explained`` and ``explained_centred`` are what the two directions have, in this order, of Σ‖θ_i − c‖² and of the
+    variance about the mean; that of directions that are not orthogonal is shared between them as it comes. The other
+    arguments are those of `principal_plane`. Raises InputError for parallel directions.
+    """
+    mine = list(each(checkpoints.chunks(), rank, size))
+    count, plane = len(checkpoints.paths), directions.astype(np.float64)
+
+    def products() -> Floats:
+        # Of every checkpoint its products with both directions and ‖Δ‖²; and the square of their mean.
+        found, mean = np.zeros((count, 3)), np.zeros(1)
+        for chunk in mine:
+            rows = checkpoints.read(chunk)
+            rows -= rows[center].copy()
+            found[:, :2] += rows @ plane[:, chunk.place].T
+            found[:, 2] += np.square(rows).sum(axis=1)
+            mean += np.square(rows.mean(axis=0)).sum()
+        return np.concatenate([found.reshape(-1), mean])
+
+    summed = total(together(products))
+    found, mean = summed[:-1].reshape(count, 3), float(summed[-1])
+    square = plane @ plane.T
+    if np.linalg.matrix_rank(square) < 2:
+        raise InputError("the two directions are parallel, and span no plane")
+    coordinates = np.linalg.solve(square, found[:, :2].T).T
+    inside = coordinates * found[:, :2]
+    lengths = found[:, 2]
+    middle = coordinates - coordinates.mean(axis=0)
+    about_mean = (middle * (found[:, :2] - found[:, :2].mean(axis=0))).sum(axis=0)
+    rest = np.maximum(lengths - inside.sum(axis=1), 0.0)
+    return Trajectory(
+        coordinates=coordinates,
+        explained=inside.sum(axis=0) / (lengths.sum() or 1.0),
+        explained_centred=about_mean / ((lengths.sum() - count * mean) or 1.0),
+        outside=np.sqrt(np.divide(rest, lengths, out=np.zeros(count), where=lengths > 0)),
+        unit=1.0,
+        directions=directions,
+    )
+
+
 def _shares(squares: Floats) -> Floats:
     found = np.maximum(squares[::-1], 0.0)
     return found / (found.sum() or 1.0)

@@ -44,6 +44,8 @@ def trajectory(options: argparse.Namespace) -> int:
             job = None if options.job is None else read_job(options.job, options.set)
             if options.set and job is None:
                 raise InputError("--set is for --job")
+            if options.plane is not None and (options.about, options.scale) != ("center", "none"):
+                raise InputError("--about and --scale are for principal components; --plane is as it is")
             if options.error and job is None:
                 raise InputError("--error is for --job")
         found = _plane(ranks, paths, center, job, options)
@@ -63,9 +65,10 @@ def _plane(
     ranks: Ranks, paths: list[Path], center: int, job: Job | None, options: argparse.Namespace
 ) -> Trajectory:
     from distsurf.assemble import build_model
+    from distsurf.direction_files import read_plane
     from distsurf.subspace import Layout, Tensors
     from distsurf.subspace.checkpoints import Checkpoints
-    from distsurf.subspace.trajectory import principal_plane
+    from distsurf.subspace.trajectory import principal_plane, project
 
     def together(step: Callable[[], Any]) -> Any:
         with ranks.together():
@@ -79,16 +82,14 @@ def _plane(
         return Checkpoints(paths, layout, key=job.model.checkpoint_key, allow_pickle=job.model.allow_pickle)
 
     with together(opened) as checkpoints:
-        found = principal_plane(
-            checkpoints,
-            center,
-            about=options.about,
-            scale=options.scale,
-            rank=ranks.rank,
-            size=ranks.size,
-            total=ranks.total,
-            together=together,
-        )
+        shared: dict[str, Any] = {
+            "rank": ranks.rank, "size": ranks.size, "total": ranks.total, "together": together,
+        }  # fmt: skip
+        if options.plane is not None:
+            directions = together(lambda: read_plane(options.plane, checkpoints.layout))
+            found = project(checkpoints, center, directions, **shared)
+        else:
+            found = principal_plane(checkpoints, center, about=options.about, scale=options.scale, **shared)
         with ranks.together():
             if ranks.rank == 0 and job is not None:
                 _write(found, checkpoints.layout, paths, center, job, options)
@@ -180,11 +181,16 @@ def _tell(
     centred = f"about {paths[center].name}"
     print(f"{len(paths)} checkpoints, from {paths[0]} to {paths[-1]}; centre {paths[center]}")
     print(f"explained variance   {centred} (uncentred)   about their mean (centred)")
-    for k in range(min(SHOWN, len(paths) - 1)):
+    for k in range(min(SHOWN, len(paths) - 1, len(found.explained))):
         print(f"{k + 1:9}  {found.explained[k]:{len(centred) + 20}.2%}  {found.explained_centred[k]:26.2%}")
     what = "uncentred" if options.about == "center" else "centred"
     unit = "the centre's norm" if options.scale == "center" else "weights"
-    print(f"axes: the first two {what} components, in units of {unit}")
+    axes = (
+        f"those of {options.plane}"
+        if options.plane
+        else f"the first two {what} components, in units of {unit}"
+    )
+    print(f"axes: {axes}")
     table = [("x", 12), ("y", 12), ("outside", 8)] + (
         [] if losses is None else [(losses[0], 12), ("in plane", 12)]
     )

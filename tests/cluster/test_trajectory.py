@@ -138,6 +138,30 @@ def test_mistakes_are_one_line(
     assert "Traceback" not in ended.err
 
 
+def test_another_run_in_the_same_plane(trained: Processes) -> None:
+    """The plane of all checkpoints, and in it, by any number of ranks, the first few alone."""
+    assert trained.python(*FIND).code == 0
+    plane = "runs/net-trajectory/plane.safetensors"
+    few = [f"step{step}.pt" for step in (0, 3, 7, 11)]
+    arguments = ("-m", "distsurf", "trajectory", *few, "--job", "job.toml", "--plane", plane, "--points", 5)
+    told = {}
+    for ranks in (0, 3):
+        ended = trained.python(*arguments, "--out", "few", ranks=ranks)
+        assert ended.code == 0, ended.err
+        assert f"axes: those of {plane}" in ended.out
+        told[ranks] = [line.split() for line in ended.out.splitlines() if re.search(r"% +step\d+\.pt$", line)]
+    assert told[0] == told[3]
+    paths = []
+    for file in ("few/plane.safetensors", plane):
+        with safe_open(trained.folder / file, "np") as opened:
+            paths.append(np.array(json.loads(opened.metadata()["trajectory"])["coordinates"]))
+    np.testing.assert_allclose(paths[0], paths[1][[0, 3, 7, 11]], atol=1e-6)
+    assert trained.python("-m", "distsurf", "run", "few/job.toml", "--progress", "none").code == 0
+    wrong = trained.python("-m", "distsurf", "trajectory", *few, "--plane", "step1.pt")
+    assert wrong.code == 1
+    assert "step1.pt has no tensor x.0.weight" in wrong.err
+
+
 TRUTH = """
 import sys, torch
 from safetensors.torch import load_file

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from distsurf.errors import InputError
 from distsurf.subspace import checkpoints as module
 from distsurf.subspace.checkpoints import Checkpoints
-from distsurf.subspace.trajectory import principal_plane
+from distsurf.subspace.trajectory import principal_plane, project
 
 
 def rows_of(count: int = 9, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -98,11 +98,33 @@ def test_coordinates_are_projections(tmp_path: Path, scale: str) -> None:
     np.testing.assert_allclose(np.abs(directions @ vt[:2].T), np.eye(2) * unit, atol=1e-6 * unit)
     np.testing.assert_allclose(found.coordinates, delta @ directions.T / unit**2, atol=1e-6)
     rest = delta - found.coordinates @ directions
-    np.testing.assert_allclose(
-        found.outside[:-1], (np.linalg.norm(rest, axis=1) / np.linalg.norm(delta, axis=1))[:-1], rtol=1e-5
-    )
+    outside = np.linalg.norm(rest[:-1], axis=1) / np.linalg.norm(delta[:-1], axis=1)
+    np.testing.assert_allclose(found.outside[:-1], outside, rtol=1e-5)
     assert found.outside[-1] == 0
     assert (found.coordinates[np.abs(found.coordinates).argmax(axis=0), [0, 1]] > 0).all()
+
+
+def test_projections_onto_a_plane_are_least_squares(tmp_path: Path, chunked: None) -> None:
+    """Of directions that are not orthogonal; and onto the principal plane they are its own coordinates."""
+    states = rows_of()
+    with Checkpoints(write(tmp_path, states)) as checkpoints:
+        own = principal_plane(checkpoints, 2)
+        again = project(checkpoints, 2, own.directions)
+        slanted = np.stack([own.directions[0], own.directions[0] + 2 * own.directions[1]])
+        found = project(checkpoints, 2, slanted)
+        plane = vectors(slanted, checkpoints).astype(np.float64)
+        with pytest.raises(InputError, match="the two directions are parallel"):
+            project(checkpoints, 2, np.stack([own.directions[0], own.directions[0]]))
+    for name in ("coordinates", "outside"):
+        np.testing.assert_allclose(getattr(again, name), getattr(own, name), atol=1e-6)
+    np.testing.assert_allclose(again.explained, own.explained[:2], rtol=1e-6)
+    delta = matrix(states) - matrix(states)[2]
+    expected, *_ = np.linalg.lstsq(plane.T, delta.T)
+    np.testing.assert_allclose(found.coordinates, expected.T, atol=1e-6)
+    centred = delta - delta.mean(axis=0)
+    inside = centred @ np.linalg.pinv(plane) @ plane
+    share = np.square(inside).sum() / np.square(centred).sum()
+    np.testing.assert_allclose(found.explained_centred.sum(), share, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
