@@ -268,13 +268,20 @@ def _first_report(columns: int) -> Report:
 def _await_reply(ranks: Ranks, patience: Patience, inbox: deque[Any]) -> Any:
     """The next message of rank 0 that is more than a sign of life; several may come at once."""
     pause = Pause()
-    end = time.monotonic() + patience.silence
-    while time.monotonic() < end:
+    last = time.monotonic()
+    end = last + patience.silence
+    while True:
         inbox += [reply for _, reply in ranks.receive(source=0)]
+        now = time.monotonic()
+        # For so long this process itself was stopped, and heard nobody: that is no silence of rank 0's.
+        end += max(now - last - patience.silence / 2, 0.0)
+        last = now
         while inbox:
             if (reply := inbox.popleft()) is not Order.WAIT:
                 return reply
-            end = time.monotonic() + patience.silence
+            end = now + patience.silence
+        if now >= end:
+            break
         pause()
     ranks.lost = ranks.lost | {0}
     raise Incomplete(

@@ -85,7 +85,7 @@ def test_linear_levels_cover_the_values(low: float, width: float, count: int | N
     scale = choose(values, log=False, levels=count)
     assert (np.diff(scale.levels) > 0).all()
     assert scale.extend == "neither"
-    assert len(scale.levels) <= (count or 14) + 3
+    assert len(scale.levels) <= (count or 14) + 5
     assert len(set(scale.texts(scale.ticks))) == len(scale.ticks) <= 10
 
 
