@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,7 @@ from distsurf.distribute.parcel import distribute
 from distsurf.distribute.placement import place
 from distsurf.distribute.ranks import Ranks
 from distsurf.job import Job
-from distsurf.objective.evaluator import ModelEvaluator
-from distsurf.objective.recipe import DEFAULT_BATCH
-from distsurf.run import prepare
+from distsurf.run import Prepared, evaluator_of, prepare
 from distsurf.subspace import Subspace, Tensors
 from distsurf.subspace.weights import load_checkpoint
 
@@ -42,27 +41,16 @@ def losses_along(
     mine = range(ranks.rank, len(checkpoints), ranks.size)
     found, name = np.zeros((2, len(checkpoints))), ""
 
-    def evaluate(subspace: Subspace, buffers: Mapping[str, object], at: Floats) -> Floats:
+    def evaluate(what: Prepared, at: Floats) -> Floats:
         nonlocal name
-        with ModelEvaluator(
-            model,
-            subspace,
-            buffers,
-            prepared.splits,
-            objective,
-            batch_size=job.data.batch_size or DEFAULT_BATCH,
-            device=placement.device,
-            precision=job.run.precision,
-            seed=job.run.seed,
-            statistics=prepared.statistics,
-        ) as evaluator:
+        with evaluator_of(job, model, what, objective, placement) as evaluator:
             values = evaluator(at)
             name = evaluator.columns[0].name
         return np.asarray(values[:, 0])
 
     with ranks.together():
         if len(mine):
-            found[1, mine] = evaluate(prepared.subspace, prepared.buffers, coordinates[mine])
+            found[1, mine] = evaluate(prepared, coordinates[mine])
     with ranks.together():
         layout, interpolated = prepared.subspace.layout, job.objective.batch_norm == "interpolated"
         for i in mine:
@@ -73,7 +61,7 @@ def losses_along(
             center = layout.flatten(list(tensors.moving.values()), prepared.subspace.center.dtype)
             alone = Subspace(layout, center, (np.zeros(layout.size, np.float32),))
             fixed = {name: buffer.detach().clone() for name, buffer in tensors.fixed.items()}
-            found[0, i] = evaluate(alone, fixed, np.zeros((1, 1)))[0]
+            found[0, i] = evaluate(replace(prepared, subspace=alone, buffers=fixed), np.zeros((1, 1)))[0]
     here, projected = ranks.total(found)
     return ranks.broadcast(name), here, projected
 

@@ -98,9 +98,8 @@ class Requeues:
         """
         facts = self._job.facts()
         if int(facts.get("Restarts", 0)) > self._job.restarts:
-            self._count(
-                PREEMPTED
-            )  # or somebody requeued it by hand: SLURM's facts begin anew then, and do not tell
+            # Or somebody requeued it by hand: SLURM's facts begin anew then, and do not tell.
+            self._count(PREEMPTED)
             return "SLURM has requeued it"
         preempted = facts.get("PreemptTime", "None") not in ("None", "Unknown")
         is_over = _walltime_is_over(facts)

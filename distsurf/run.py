@@ -19,7 +19,7 @@ if (
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -247,19 +247,7 @@ def run(
             stack.enter_context(_same_folder())
             with ranks.together(), trying(), _same_folder():
                 evaluator = stack.enter_context(
-                    ModelEvaluator(
-                        model,
-                        shared.subspace,
-                        shared.buffers,
-                        shared.splits,
-                        objective,
-                        batch_size=job.data.batch_size or DEFAULT_BATCH,
-                        device=placement.device,
-                        precision=job.run.precision,
-                        seed=job.run.seed,
-                        statistics=shared.statistics,
-                        stop=pulse,
-                    )
+                    evaluator_of(job, model, shared, objective, placement, stop=pulse)
                 )
             if ranks.rank == 0 and not evaluator.is_repeatable:
                 warnings.warn(
@@ -322,6 +310,30 @@ def run(
     if outcome.missing:
         raise Incomplete(outcome.missing, outcome.surface, outcome.stopped)
     return outcome.surface
+
+
+def evaluator_of(
+    job: Job,
+    model: nn.Module,
+    prepared: Prepared,
+    objective: Objective,
+    placement: Placement,
+    stop: Callable[[], bool] = lambda: False,
+) -> ModelEvaluator:
+    """What evaluates a job's points on this rank, plainly until it is told otherwise."""
+    return ModelEvaluator(
+        model,
+        prepared.subspace,
+        prepared.buffers,
+        prepared.splits,
+        objective,
+        batch_size=job.data.batch_size or DEFAULT_BATCH,
+        device=placement.device,
+        precision=job.run.precision,
+        seed=job.run.seed,
+        statistics=prepared.statistics,
+        stop=stop,
+    )
 
 
 def _watched(

@@ -142,24 +142,23 @@ def _axis_by_axis(
     for k, name in enumerate(names):
         wish = job.directions.axis(name)
         how, ignore = wish.normalization or "none", wish.ignore or "none"
-        direction = normalize(
-            sources.get(wish, k, name, center), center, weights.layout, how=how, ignore=ignore
-        )
+        other = None if wish.checkpoint is None else weights.read(wish.checkpoint)
+        raw = sources.get(wish, k, name, center) if other is None else difference(center, other)
+        direction = normalize(raw, center, weights.layout, how=how, ignore=ignore)
         if job.directions.orthogonalize:
             direction = orthogonalize(direction, directions)
         if not direction.any():
             raise InputError(_why_zero(name, wish))
         directions += (direction,)
         is_as_it_is = how == ignore == "none" and (k == 0 or not job.directions.orthogonalize)
-        if wish.checkpoint is not None and is_as_it_is:
-            at = tuple(float(i == k) for i in range(len(names)))
-            others.append(_Model(wish.checkpoint, at, weights.read(wish.checkpoint)))
+        if wish.checkpoint is not None and other is not None and is_as_it_is:
+            others.append(_Model(wish.checkpoint, tuple(float(i == k) for i in range(len(names))), other))
     return center, directions, others
 
 
 @dataclass(frozen=True)
 class _Sources:
-    """Where directions come from."""
+    """Where directions come from that are no difference to a model."""
 
     job: Job
     weights: _Weights
@@ -172,8 +171,6 @@ class _Sources:
     def get(self, wish: DirectionSection, axis: int, name: str, center: Vector) -> Vector:
         """The direction of an axis before it is normalized."""
         layout = self.weights.layout
-        if wish.checkpoint is not None:
-            return difference(center, self.weights.read(wish.checkpoint))
         if wish.file is not None:
             return read_direction(Path(wish.file), name, layout, self.weights.model)
         if wish.kind == "gradient":

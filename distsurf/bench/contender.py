@@ -35,11 +35,10 @@ from distsurf.distribute.ranks import Ranks
 from distsurf.errors import DistsurfError, InputError
 from distsurf.job import Job
 from distsurf.objective.data import Split, map_tree, tensors_of
-from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.precision import PRECISIONS, arithmetic
 from distsurf.objective.recipe import DEFAULT_BATCH
 from distsurf.objective.tune import TIMED, tune_batch_size
-from distsurf.run import Prepared, prepare
+from distsurf.run import Prepared, evaluator_of, prepare
 
 MARK = "distsurf-bench:"
 """What stands before our lines: a user's code may print lines of its own."""
@@ -240,18 +239,7 @@ class _Distsurf(_Way):
     def __init__(self, job: Job, placement: Placement, stack: contextlib.ExitStack):
         model, prepared = _prepared(job, placement)
         self._evaluator = stack.enter_context(
-            ModelEvaluator(
-                model,
-                prepared.subspace,
-                prepared.buffers,
-                prepared.splits,
-                assemble.build_objective(job, None),
-                batch_size=job.data.batch_size or DEFAULT_BATCH,
-                device=placement.device,
-                precision=job.run.precision,
-                seed=job.run.seed,
-                statistics=prepared.statistics,
-            )
+            evaluator_of(job, model, prepared, assemble.build_objective(job, None), placement)
         )
         recipe = agree_on_recipe(Ranks(), job, self._evaluator, None, False, lambda line: None)
         tensors = [t for split in prepared.splits for piece in split.pieces for t in tensors_of(piece)]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -118,24 +118,22 @@ class Checkpoints:
         self.close()
 
 
-class _File:
+class _File(Protocol):
     """A file of tensors."""
 
     names: dict[str, str]
     """The tensors' names, and what the file calls them."""
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        raise NotImplementedError
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def is_floating(self, name: str) -> bool:
-        raise NotImplementedError
+    def is_floating(self, name: str) -> bool: ...
 
     def elements(self, name: str, start: int, stop: int) -> NDArray[np.float64]:
         """Elements of a tensor in row-major order."""
-        raise NotImplementedError
+        ...
 
 
-class _SafetensorsFile(_File):
+class _SafetensorsFile:
     def __init__(self, path: Path, stack: contextlib.ExitStack):
         from safetensors import SafetensorError, safe_open
 
@@ -163,7 +161,7 @@ class _SafetensorsFile(_File):
         return np.asarray(part.double().reshape(-1)[start - first * row : stop - first * row].numpy())
 
 
-class _TorchFile(_File):
+class _TorchFile:
     def __init__(self, path: Path, key: str | None, allow_pickle: bool):
         self._tensors = without_wrapper(find_state(path, key, allow_pickle))
         self.names = {name: name for name in self._tensors}
@@ -181,5 +179,5 @@ class _TorchFile(_File):
 
 def each(chunks: Sequence[Chunk], rank: int, size: int) -> Iterator[Chunk]:
     """The share of a rank: every ``size``-th chunk, the largest ones dealt out evenly."""
-    order: list[Any] = sorted(chunks, key=lambda chunk: chunk.start - chunk.stop)
+    order = sorted(chunks, key=lambda chunk: chunk.start - chunk.stop)
     yield from order[rank::size]
