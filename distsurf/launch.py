@@ -25,6 +25,8 @@ STOP_NOTE = "DISTSURF_STOP_NOTE"
 """Environment variable with the name of the file for `leave_stop_note`."""
 NEVER = 1000
 """What a start is behind before there is a file; starts that die in its verification come nearer to one without it."""
+MOST_BARREN = 2
+"""How many starts in a row may bring the surface no further."""
 ALONE_SECONDS = 10.0
 """How often mpirun is looked after: twice without a child, and it is ended."""
 
@@ -65,10 +67,12 @@ def run_again(
     """Start a job until its surface has no pending point, ``1 + restarts`` times at most; returns the exit code.
 
     ``start`` runs it, given how often it ran before, and returns how that ended. What counts is the file: launchers
-    were seen to end with 0 when a node had died. A start by which the file does not advance is the last one, and so is
-    one that was ``stopped`` by a signal. Raises Incomplete, and DamagedFile.
+    were seen to end with 0 when a node had died, and SLURM's pmi2 to lose the first messages of ranks that were well. So
+    one start by which the file does not advance is followed by another; the second in a row is the last, and so is one
+    that was ``stopped`` by a signal. Raises Incomplete, and DamagedFile.
     """
     before = State(-1, 0, -NEVER) if is_fresh else state(path)
+    barren = 0
     for number in range(restarts + 1):
         code = start(number)
         now = state(path)
@@ -84,7 +88,8 @@ def run_again(
             return code
         if reason := stopped():
             raise Incomplete(f"stopped by {reason}; {left}: the same command continues")
-        if now.progress <= before.progress:
+        barren = barren + 1 if now.progress <= before.progress else 0
+        if barren == MOST_BARREN or (barren and number == restarts):
             raise Incomplete(
                 f"the ranks ended with {code} and brought the surface no further; {left}. "
                 "What was printed above may tell why; ranks that are killed, for want of memory say, print nothing"

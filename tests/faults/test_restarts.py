@@ -117,9 +117,14 @@ def test_it_goes_on_while_the_file_advances(tmp_path: Path) -> None:
         return run_again(once, path, restarts, is_fresh=False, stopped=lambda: "", say=said.append)
 
     with pytest.raises(
-        Incomplete, match="the ranks ended with 9 and brought the surface no further; 417 points are"
+        Incomplete, match="the ranks ended with 9 and brought the surface no further; 413 points are"
     ):
-        restarted([1, 2, 0], 9)
+        restarted([1, 2, 0, 4, 0, 0], 9)  # one in vain is no end
+    assert said[-1] == "the ranks ended with 9; 413 points are left: restart 5 of at most 9"
+    forget(path, *range(done.status.size))
+    with pytest.raises(Incomplete, match="no further; 419 points are"):
+        restarted([1, 0], 1)
+    forget(path, *range(done.status.size))
     with pytest.raises(Incomplete, match="after 2 starts"):
         restarted([10, 20], 1)
     forget(path, *range(done.status.size))
