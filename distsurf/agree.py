@@ -52,7 +52,7 @@ def agree_on_recipe(
     evaluates does it while ``trying``. Where earlier starts died of it, all is left plain. Shards of one surface, which
     begin at the same time, agree by the file ``agreement``: the first that is there decides.
     """
-    grid = job.grid.grid()
+    grid = job.evaluated_grid()
     points = sampled_points(grid)
     asked = None if job.run.fast is True else tuple(job.run.fast or ())
     before: Recipe | None = None

@@ -19,6 +19,8 @@ from distsurf.errors import InputError
 
 MOST_POINTS = 100_000_000
 AXIS_NAMES = ("x", "y", "z")
+REPEAT = "repeat"
+"""Name of the axis that numbers independent planes or lines of one model."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class Grid:
-    """The product of one to three axes, given in the order x, y, z."""
+    """The product of one to three axes, given in the order x, y, z; the last may be the number of a repetition."""
 
     axes: tuple[Axis, ...]
+    repeated: bool = False
+    """Whether the last axis counts independent planes or lines: 0, 1, 2, …"""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.axes) <= len(AXIS_NAMES):
             raise InputError(f"a grid has one to three axes (x, y, z); {len(self.axes)} were given")
+        if self.repeated and (len(self.axes) < 2 or self.axes[-1] != _counting(self.axes[-1].count)):
+            raise InputError(
+                f"the axis {self.axes[-1]} does not count repetitions: expected 0:n-1:n behind others"
+            )
         if self.size > MOST_POINTS:
             raise InputError(f"the grid {self} has {self.size:,} points; the most is {MOST_POINTS:,}")
 
@@ -101,8 +109,27 @@ class Grid:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Axis names in the order of coordinates: ``("x",)``, ``("x", "y")`` or ``("x", "y", "z")``."""
-        return AXIS_NAMES[: len(self.axes)]
+        """Axis names in the order of coordinates: ``("x",)``, ``("x", "y")``, ``("x", "y", "repeat")``."""
+        names = AXIS_NAMES[: len(self.axes)]
+        return (*names[:-1], REPEAT) if self.repeated else names
+
+    def repeat(self, count: int) -> Grid:
+        """This grid ``count`` times, along an axis of that name; 1 is the grid itself. Raises InputError."""
+        if count == 1:
+            return self
+        if len(self.axes) == len(AXIS_NAMES):
+            raise InputError(f"a grid of {len(self.axes)} axes cannot be repeated: leave out z, or repeat")
+        return Grid((*self.axes, _counting(count)), repeated=True)
+
+    @property
+    def once(self) -> Grid:
+        """The grid of one repetition; a grid that is not repeated itself."""
+        return Grid(self.axes[:-1]) if self.repeated else self
+
+    @property
+    def repeats(self) -> int:
+        """How many repetitions there are; 1 where the grid is not repeated."""
+        return self.axes[-1].count if self.repeated else 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -131,15 +158,20 @@ class Grid:
         """Every point index once, ``(size,)``, ordered so that any prefix covers the whole grid evenly.
 
         Axes are bisected: ends first, then the middle, then the middles of the halves; a point's level is that
-        of its latest axis, and within a level points go row by row.
+        of its latest axis, and within a level points go row by row. Repetitions all are at the first level.
         """
         level = np.zeros(1, dtype=np.int16)
-        for axis in self.axes:  # x last in memory, so it is the first to be broadcast
+        for axis in self.once.axes:  # x last in memory, so it is the first to be broadcast
             level = np.maximum(_bisection_levels(axis.count)[:, None], level[None, :]).ravel()
+        level = np.tile(level, self.repeats)
         return np.argsort(level, kind="stable").astype(np.int64)
 
     def __str__(self) -> str:
         return " ".join(f"{name}={axis}" for name, axis in zip(self.names, self.axes, strict=True))
+
+
+def _counting(count: int) -> Axis:
+    return Axis(0.0, count - 1.0, count)
 
 
 def _shortest(number: float) -> str:

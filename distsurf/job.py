@@ -157,6 +157,8 @@ class DirectionsSection(DirectionSection):
     kind: Literal["random", "difference", "gradient", "file", "plane"] | None = None  # type: ignore[assignment]
     """And ``plane``: through the model and two other ``checkpoints`` (Garipov et al. 2018)."""
     checkpoints: list[str] | None = None
+    repeat: Annotated[int, Field(ge=1)] = 1
+    """How many independent planes of random directions to evaluate; the first is that of the same job without it."""
     orthogonalize: bool = False
     x: DirectionSection | None = None
     y: DirectionSection | None = None
@@ -186,7 +188,7 @@ class DirectionsSection(DirectionSection):
             if own["kind"] != "random":
                 del own["seed"]
             told.update((f"{name}.{key}", value) for key, value in own.items())
-        return told
+        return told if self.repeat == 1 else {**told, "repeat": self.repeat}
 
     @model_validator(mode="after")
     def _is_one_plane(self) -> DirectionsSection:
@@ -296,7 +298,23 @@ class Job(Section):
             raise ValueError(
                 f"directions.kind = 'plane' needs the axes x and y; the grid has {', '.join(axes)}"
             )
+        if self.directions.repeat > 1:
+            kinds = (
+                {"plane"} if self.directions.kind == "plane" else {self.directions.axis(n).kind for n in axes}
+            )
+            if kinds != {"random"}:
+                raise ValueError(
+                    "directions.repeat draws random directions anew; no other kind can be repeated"
+                )
+            try:
+                self.evaluated_grid()
+            except InputError as error:
+                raise ValueError(f"directions.repeat: {error}") from None
         return self
+
+    def evaluated_grid(self) -> Grid:
+        """The grid of all points: that of the section ``[grid]``, as often as ``directions.repeat`` says."""
+        return self.grid.grid().repeat(self.directions.repeat)
 
     @classmethod
     def load(cls, path: Path, overrides: Iterable[str] = ()) -> Job:

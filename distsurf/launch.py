@@ -67,9 +67,9 @@ def run_again(
     """Start a job until its surface has no pending point, ``1 + restarts`` times at most; returns the exit code.
 
     ``start`` runs it, given how often it ran before, and returns how that ended. What counts is the file: launchers
-    were seen to end with 0 when a node had died, and SLURM's pmi2 to lose the first messages of ranks that were well. So
-    one start by which the file does not advance is followed by another; the second in a row is the last, and so is one
-    that was ``stopped`` by a signal. Raises Incomplete, and DamagedFile.
+    were seen to end with 0 when a node had died, and SLURM's pmi2 to lose the first messages of ranks that were well.
+    So one start by which the file does not advance is followed by another; the second in a row is the last, and so is
+    one that was ``stopped`` by a signal. Raises Incomplete, and DamagedFile.
     """
     before = State(-1, 0, -NEVER) if is_fresh else state(path)
     barren = 0

@@ -118,6 +118,7 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     plot = verb("plot", "Draw a surface file, finished or not.")
     plot.add_argument("file", type=Path, metavar="FILE.h5")
     plot.add_argument("--column", default="loss", help="which quantity (default: loss)")
+    _repeat(plot)
     plot.add_argument(
         "--kind",
         choices=("contour", "surface", "curves", "slices"),
@@ -247,6 +248,7 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     )
     svd.add_argument("file", type=Path, metavar="FILE", help=".h5; or .npy, .png of grey levels")
     svd.add_argument("--column", default="loss", help="of a surface (default: loss)")
+    _repeat(svd)
     svd.add_argument("--log", action="store_true", help="decompose the logarithm (base 10)")
     svd.add_argument("--rank", type=_positive, metavar="K", help="to draw (default: the first within 1 %%)")
     svd.add_argument("--route", choices=ROUTES, help="default: by size")
@@ -268,6 +270,7 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
     exported.add_argument(
         "--height", metavar="COLUMN", help="vtk: lift the points by a column, scaled to the width"
     )
+    _repeat(exported)
     exported.add_argument("-o", "--output", type=Path, help="default: beside the file")
 
     bench = verb(
@@ -325,6 +328,15 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 0 or more")
     return int(text)
+
+
+def _repeat(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--repeat",
+        type=int,
+        metavar="NUMBER",
+        help="one plane of a surface with directions.repeat, from 0 on",
+    )
 
 
 def _positive(text: str) -> int:

@@ -48,7 +48,7 @@ def fingerprint(
         "data": _describe_data(splits),
         "objective": _describe_objective(job, objective, losses),
         "batch_size": str(batch_size),
-        "grid": str(job.grid.grid()),
+        "grid": str(job.evaluated_grid()),
         "precision": job.run.precision,
         "seed": str(job.run.seed),
     }
@@ -63,8 +63,14 @@ def facts(
     job: Job, placement: Placement, recipe: Recipe, subspace: Subspace, splits: Sequence[Split]
 ) -> dict[str, Any]:
     """What is worth knowing of how a surface was made, as JSON."""
-    axes = "xyz"[: subspace.dimension]
+    axes = job.grid.grid().names
     pairs = [(i, j) for i in range(len(axes)) for j in range(i + 1, len(axes))]
+
+    def largest_cosine(i: int, j: int) -> float:
+        """Of all repetitions."""
+        starts = range(0, len(subspace.directions), len(axes))
+        return max((cosine(subspace.directions[s + i], subspace.directions[s + j]) for s in starts), key=abs)
+
     return {
         **conditions(placement, recipe),
         "distsurf": distsurf.__version__,
@@ -78,9 +84,7 @@ def facts(
         "parameters": subspace.layout.count,
         "evaluation": {"precision": job.run.precision, **recipe.told()},
         "samples": {split.name or "data": split.samples for split in splits},
-        "cosines": {
-            axes[i] + axes[j]: cosine(subspace.directions[i], subspace.directions[j]) for i, j in pairs
-        },
+        "cosines": {axes[i] + axes[j]: largest_cosine(i, j) for i, j in pairs},
     }
 
 

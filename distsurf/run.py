@@ -211,7 +211,7 @@ def run(
     Raises InputError, and Incomplete if some points got no value; both on every rank.
     """
     say = say if ranks.rank == 0 else _say_nothing
-    grid = job.grid.grid()
+    grid = job.evaluated_grid()
     agreement, whole = None, out
     if shard is not None and out is not None:
         if shard.count > grid.size:

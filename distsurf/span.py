@@ -16,6 +16,7 @@ from torch import nn
 from distsurf.assemble import Live, Say, training_split
 from distsurf.direction_files import keep, read_direction, read_kept, read_trajectory
 from distsurf.errors import InputError
+from distsurf.grid import AXIS_NAMES
 from distsurf.job import LIVE, DirectionSection, Job
 from distsurf.objective.data import Split
 from distsurf.objective.gradient import gradient
@@ -74,11 +75,15 @@ def span(
         )
     weights = _Weights(job, model, live)
     layout, axes = weights.layout, job.grid.grid().axes
+    center = weights.own()
     if job.directions.kind == "plane":
-        center, directions, others = _plane(job, weights)
+        directions, others = _plane(job, weights, center)
     else:
         sources = _Sources(job, weights, splits, objective, device, out, say)
-        center, directions, others = _axis_by_axis(job, weights, sources)
+        directions, others = (), []
+        for repeat in range(job.directions.repeat):
+            more, others = _axis_by_axis(job, weights, center, sources, repeat)
+            directions += more
     if mode == "interpolated" and not _moves(layout, directions, statistics):
         raise InputError(
             "objective.batch_norm = 'interpolated': with directions.ignore = 'bias_bn' the statistics do not "
@@ -94,7 +99,7 @@ def span(
     models = [_Model(name or "trained model", (0.0,) * len(axes), center), *others]
     fixed = Tensors.of(model, interpolated=mode == "interpolated").fixed
     return Spanned(
-        Subspace(layout, center, directions, pinned),
+        Subspace(layout, center, directions, pinned, job.directions.repeat),
         {name: buffer.detach().clone() for name, buffer in fixed.items()},
         [{"name": Path(m.name).name.removeprefix(LIVE), "at": list(m.at)} for m in models],
         _trajectory(job),
@@ -122,28 +127,27 @@ class _Model:
     weights: Vector
 
 
-def _plane(job: Job, weights: _Weights) -> tuple[Vector, tuple[Vector, ...], list[_Model]]:
-    """Centre, directions, and the two other models."""
+def _plane(job: Job, weights: _Weights, center: Vector) -> tuple[tuple[Vector, ...], list[_Model]]:
+    """Directions, and the two other models."""
     first, second = job.directions.checkpoints or []
     vectors = weights.read(first), weights.read(second)
-    center = weights.own()
     directions, places = plane_through(center, *vectors, job.directions.normalization or "none")
     names = (first, second)
-    return center, directions, [_Model(*told) for told in zip(names, places, vectors, strict=True)]
+    return directions, [_Model(*told) for told in zip(names, places, vectors, strict=True)]
 
 
 def _axis_by_axis(
-    job: Job, weights: _Weights, sources: _Sources
-) -> tuple[Vector, tuple[Vector, ...], list[_Model]]:
-    """Centre, directions, and the models at their ends."""
-    center, names = weights.own(), job.grid.grid().names
+    job: Job, weights: _Weights, center: Vector, sources: _Sources, repeat: int
+) -> tuple[tuple[Vector, ...], list[_Model]]:
+    """The directions of one repetition, and the models at their ends."""
+    names = job.grid.grid().names
     directions: tuple[Vector, ...] = ()
     others = []
     for k, name in enumerate(names):
         wish = job.directions.axis(name)
         how, ignore = wish.normalization or "none", wish.ignore or "none"
         other = None if wish.checkpoint is None else weights.read(wish.checkpoint)
-        raw = sources.get(wish, k, name, center) if other is None else difference(center, other)
+        raw = sources.get(wish, k, name, center, repeat) if other is None else difference(center, other)
         direction = normalize(raw, center, weights.layout, how=how, ignore=ignore)
         if job.directions.orthogonalize:
             direction = orthogonalize(direction, directions)
@@ -153,7 +157,7 @@ def _axis_by_axis(
         is_as_it_is = how == ignore == "none" and (k == 0 or not job.directions.orthogonalize)
         if wish.checkpoint is not None and other is not None and is_as_it_is:
             others.append(_Model(wish.checkpoint, tuple(float(i == k) for i in range(len(names))), other))
-    return center, directions, others
+    return directions, others
 
 
 @dataclass(frozen=True)
@@ -168,14 +172,14 @@ class _Sources:
     out: Path | None
     say: Say
 
-    def get(self, wish: DirectionSection, axis: int, name: str, center: Vector) -> Vector:
+    def get(self, wish: DirectionSection, axis: int, name: str, center: Vector, repeat: int) -> Vector:
         """The direction of an axis before it is normalized."""
         layout = self.weights.layout
         if wish.file is not None:
             return read_direction(Path(wish.file), name, layout, self.weights.model)
         if wish.kind == "gradient":
             return self._gradient(center)
-        return random_direction(layout, wish.seed or 0, axis)
+        return random_direction(layout, wish.seed or 0, axis + repeat * len(AXIS_NAMES))
 
     def _gradient(self, center: Vector) -> Vector:
         """Its last digits are those of this machine and number of threads: shards and resumed jobs share one file."""

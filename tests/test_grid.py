@@ -51,6 +51,26 @@ def test_coarse_to_fine_visits_every_point_once(axes: list[Axis]) -> None:
     np.testing.assert_array_equal(np.sort(grid.coarse_to_fine()), np.arange(grid.size))
 
 
+@given(st.lists(axes, min_size=1, max_size=2), st.integers(2, 5))
+def test_repetitions_come_on_together(axes: list[Axis], count: int) -> None:
+    once = Grid(tuple(axes))
+    grid = once.repeat(count)
+    assert (grid.once, grid.repeats, grid.names[-1]) == (once, count, "repeat")
+    order = grid.coarse_to_fine()
+    np.testing.assert_array_equal(np.sort(order), np.arange(grid.size))
+    for each in range(count):
+        np.testing.assert_array_equal(order[order // once.size == each] % once.size, once.coarse_to_fine())
+    corners = once.size if once.size < 5 else 2 ** sum(axis.count > 1 for axis in axes)
+    assert {int(point) // once.size for point in order[: corners * count]} == set(range(count))
+
+
+def test_what_cannot_be_repeated() -> None:
+    with pytest.raises(InputError, match="cannot be repeated: leave out z"):
+        Grid.parse(dict.fromkeys("xyz", "0:1:2")).repeat(2)
+    with pytest.raises(InputError, match="does not count repetitions"):
+        Grid((Axis(0, 1, 2), Axis(0, 1, 3)), repeated=True)
+
+
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.6])
 def test_any_prefix_of_the_order_covers_the_grid(share: float) -> None:
     """The largest hole of a prefix is at most a few times that of the same number of evenly spread points."""

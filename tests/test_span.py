@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,126 @@ def test_a_job_file_has_the_same_directions(models: list[nn.Module], tmp_path: P
         3,
     )
     assert job.fingerprint != Job.read(text.replace("b.pt", "c.pt")).fingerprint
+
+
+# -- repeated -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _moved(model: nn.Module, axes: dict[int, float]) -> float:
+    """The loss with the weights moved along directions that are drawn and normalized here, in float64."""
+    other = copy.deepcopy(model).double()
+    names = [name for name, _ in model.named_parameters()]
+    for name, parameter in other.named_parameters():
+        theta = parameter.detach().clone()
+        if theta.ndim <= 1:
+            continue
+        for axis, coordinate in axes.items():
+            key = np.random.SeedSequence(7, spawn_key=(axis, names.index(name)))
+            drawn = torch.from_numpy(
+                np.random.RandomState(np.random.Philox(key)).standard_normal(theta.shape)
+            )
+            rows = drawn.float().double().flatten(1)
+            scaled = rows / rows.norm(dim=1, keepdim=True) * theta.flatten(1).norm(dim=1, keepdim=True)
+            parameter.data += coordinate * scaled.reshape(theta.shape)
+    return float(nn.functional.cross_entropy(other(INPUTS.double()), TARGETS))
+
+
+def test_repeated_planes_are_independent_ones_of_the_same_model(
+    models: list[nn.Module], tmp_path: Path
+) -> None:
+    grid = {"x": "-1:1:5", "y": "-0.5:1:4", "seed": 7, "batch_size": 60}
+    path = tmp_path / "s.h5"
+    whole = evaluate(models[0], {"repeat": 4}, **grid, out=path)
+    once = evaluate(models[0], **grid)
+    assert whole["loss"].shape == (4, 4, 5)
+    assert whole.repeat(0)["loss"].tobytes() == once["loss"].tobytes()
+    for repeat in range(4):
+        found = whole.repeat(repeat)
+        assert (found.grid, found.complete) == (once.grid, True)
+        for (row, y), (column, x) in [((0, -0.5), (4, 1.0)), ((3, 1.0), (1, -0.5))]:
+            expected = _moved(models[0], {3 * repeat: x, 3 * repeat + 1: y})
+            np.testing.assert_allclose(found["loss"][row, column], expected, rtol=1e-5)
+    mean, spread = whole.across_repeats()
+    np.testing.assert_allclose(mean, np.mean(whole["loss"], axis=0))
+    np.testing.assert_allclose(spread, np.sqrt(whole["loss"].var(axis=0) * 4 / 3))
+    again = Surface.load(path)
+    assert again.grid == whole.grid
+    assert again.models == [("trained model", (0.0, 0.0))]
+    xarray = pytest.importorskip("xarray")
+    with xarray.open_dataset(path, engine="h5netcdf") as labelled:
+        assert dict(labelled["loss"].sizes) == {"repeat": 4, "y": 4, "x": 5}
+        assert (labelled["loss"].sel(repeat=2).to_numpy() == whole.repeat(2)["loss"]).all()
+
+
+def test_repeated_lines_cross_at_the_model(models: list[nn.Module]) -> None:
+    lines = evaluate(models[0], {"repeat": 3, "orthogonalize": True}, x="-1:1:5")
+    at_model = lines["loss"][:, 2]
+    assert (at_model == at_model[0]).all()
+    assert len(set(lines["loss"][:, 0])) == 3
+    assert lines.minimum() is not None
+
+
+def test_average_case_sharpness_of_a_quadratic() -> None:
+    """L(w) = ½ wᵀHw: E L(ρδ) − L(0) = ½ρ² tr H for Gaussian δ, and ½ρ² Σ h_i w_i² relative to the weights."""
+    scales, weights = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([[1.0, -2.0, 0.5, 3.0]])
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data = weights.clone()
+
+    def objective(model: Any, batch: Any) -> dict[str, Any]:
+        return {"loss": (0.5 * (scales * (model.weight - weights).square()).sum(), 1)}
+
+    def sharpness(how: str) -> tuple[Any, Any]:
+        directions = {"repeat": 2000, "normalization": how, "ignore": "none"}
+        data = (torch.zeros(1, 4), torch.zeros(1))
+        found = distsurf.evaluate(
+            model, data, objective=objective, directions=directions, x="0:2:3", progress="none"
+        )
+        return found.average_sharpness()
+
+    for how, squares in (("none", torch.ones(4)), ("weight", weights[0].square())):
+        mean, error = sharpness(how)
+        for rho, found, within in zip((0.0, 1.0, 2.0), mean, error, strict=True):
+            assert abs(found - 0.5 * rho**2 * float((scales * squares).sum())) <= 4 * within
+        assert 0 < error[2] < 0.05 * mean[2]
+    with pytest.raises(InputError, match="repeated lines through the model"):
+        distsurf.evaluate(
+            model,
+            (torch.zeros(1, 4), torch.zeros(1)),
+            objective=objective,
+            x="1:2:3",
+            directions={"repeat": 3},
+        ).average_sharpness()
+
+
+def test_an_unfinished_repetition_has_no_mean() -> None:
+    from tests.view.surfaces import rotated, surface_of
+
+    surface = surface_of(rotated, (-1, 1, 5), (-1, 1, 5), evaluated=0.5, repeats=3)
+    mean, _ = surface.across_repeats()
+    assert np.isfinite(mean).sum() == min(surface.repeat(k).done for k in range(3))
+    assert surface.repeat(1).size == 25
+    with pytest.raises(InputError, match="the surface has 3, numbered from 0"):
+        surface.repeat(3)
+    with pytest.raises(InputError, match="is not repeated"):
+        surface.repeat(1).across_repeats()
+
+
+@pytest.mark.parametrize(
+    ("directions", "axes", "complaint"),
+    [
+        ({"repeat": 2, "kind": "gradient"}, {}, "no other kind can be repeated"),
+        (
+            {"repeat": 2, "y": {"kind": "file", "file": "d.h5"}},
+            {"y": "0:1:2"},
+            "no other kind can be repeated",
+        ),
+        ({"repeat": 2}, {"y": "0:1:2", "z": "0:1:2"}, "leave out z, or repeat"),
+        ({"repeat": 0}, {}, "directions.repeat = 0"),
+    ],
+)
+def test_what_cannot_be_repeated(
+    models: list[nn.Module], directions: dict[str, Any], axes: dict[str, str], complaint: str
+) -> None:
+    with pytest.raises(InputError, match=complaint):
+        evaluate(models[0], directions, **axes)

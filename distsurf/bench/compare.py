@@ -51,7 +51,7 @@ def bench(
     compute in float32, as their authors leave it. ``each_step``: distsurf also without its last steps, one by one.
     Raises InputError where a way fails.
     """
-    axes = job.grid.grid().axes
+    axes = job.evaluated_grid().axes
     random = np.random.default_rng(0)
     points = [[float(random.uniform(axis.low, axis.high)) for axis in axes] for _ in range(rounds + 1)]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

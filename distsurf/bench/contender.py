@@ -156,6 +156,7 @@ class _Loop(_Way):
         self.objective = assemble.build_objective(job, None)
         self.splits = prepared.splits
         layout = prepared.subspace.layout
+        self._terms = prepared.subspace.terms
         self._weights = [
             [view.to(placement.device) for view in layout.torch_views(torch.from_numpy(vector))]
             for vector in (prepared.subspace.center, *prepared.subspace.directions)
@@ -165,9 +166,7 @@ class _Loop(_Way):
     def place_weights(self, point: list[float]) -> None:
         center, *directions = self._weights
         for i, parameter in enumerate(self.model.parameters()):
-            parameter.data = center[i] + sum(
-                c * direction[i] for c, direction in zip(point, directions, strict=True)
-            )
+            parameter.data = center[i] + sum(c * directions[k][i] for k, c in self._terms(point))
 
 
 class _Textbook(_Loop):

@@ -75,7 +75,7 @@ def plan(job: Job, ranks: int, ranks_per_node: int = 0, threads: int = 0) -> For
     """
     per_node = min(ranks, ranks_per_node or torch.cuda.device_count() or len(usable_cores()))
     threads = threads or job.run.threads or max(1, len(usable_cores()) // per_node)
-    grid = job.grid.grid()
+    grid = job.evaluated_grid()
     random = np.random.default_rng(0)
     points = [[float(random.uniform(a.low, a.high)) for a in grid.axes] for _ in range(MEASURED_POINTS)]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

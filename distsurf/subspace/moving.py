@@ -68,6 +68,7 @@ class MovingTensors:
         unrounded: Collection[str] = (),
     ):
         # As they are: on the CPU this is the memory that all ranks of a node share.
+        self._terms = subspace.terms
         self._center = torch.from_numpy(subspace.center).to(device)
         self._directions = [torch.from_numpy(d).to(device) for d in subspace.directions]
         self._pinned = {at: torch.from_numpy(vector).to(device) for at, vector in subspace.pinned}
@@ -96,7 +97,8 @@ class MovingTensors:
             source, coordinates = pinned, [0.0] * len(coordinates)
         if source.dtype != theta.dtype:
             source = theta.copy_(source)
-        for coordinate, direction in zip(coordinates, self._directions, strict=True):
+        for number, coordinate in self._terms(coordinates):
+            direction = self._directions[number]
             if direction.dtype != theta.dtype:
                 theta.copy_(source).add_(direction, alpha=float(coordinate))  # in the dtype of theta
             else:

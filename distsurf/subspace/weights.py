@@ -159,11 +159,23 @@ class Subspace:
     pinned: tuple[tuple[tuple[float, ...], NDArray[Any]], ...] = ()
     """Coordinates at which the weights are these to the last bit: models that span the subspace, whose difference to
     the centre is no float32 number."""
+    repeats: int = 1
+    """How many planes the directions span, one after the other; where several, the last coordinate is its number."""
 
     @property
     def dimension(self) -> int:
-        """Number of directions."""
-        return len(self.directions)
+        """Number of coordinates of a point."""
+        return len(self.directions) // self.repeats + (self.repeats > 1)
+
+    def terms(self, coordinates: Sequence[float]) -> list[tuple[int, float]]:
+        """The sum that makes a point's weights: numbers of directions, each with its coefficient."""
+        if len(coordinates) != self.dimension:
+            raise ValueError(f"{len(coordinates)} coordinates in a subspace of {self.dimension}")
+        if self.repeats == 1:
+            return list(enumerate(coordinates))
+        *along, plane = coordinates
+        first = round(plane) * len(along)
+        return [(first + k, c) for k, c in enumerate(along)]
 
     def fingerprints(self) -> dict[str, str]:
         """Digests of the names, shapes and exact numbers of the centre and of the directions."""
@@ -193,6 +205,7 @@ class Subspace:
             of_points(self.center),
             tuple(map(of_directions, self.directions)),
             tuple((at, of_points(vector)) for at, vector in self.pinned),
+            self.repeats,
         )
 
 

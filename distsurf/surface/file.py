@@ -1,6 +1,6 @@
 """The surface file: HDF5 for whoever reads it, laid out once, then only written in place.
 
-- ``/x`` ``/y`` ``/z``: axes, as HDF5 dimension scales, so that xarray sees labelled dimensions;
+- ``/x`` ``/y`` ``/z`` (or ``/repeat``): axes, as HDF5 dimension scales, so that xarray sees labelled dimensions;
 - one float64 dataset per column, shape ``[z, y, x]``, NaN where there is no value; ``/cost`` in seconds;
 - ``/status`` uint8 per point, written when what it vouches for has reached the disk;
 - ``/state/checksum``: CRC-32 of each point's record; ``/state/totals``: how many points were evaluated, and how many

@@ -153,6 +153,8 @@ def _vtk(surface: Surface, path: Path, height: str | None = None) -> None:
 
 def _li2018(surface: Surface, path: Path) -> None:
     """Datasets as the public code's plotting scripts read them, ``[y, x]``; −1 where there is no value."""
+    if surface.grid.repeated:
+        raise InputError("li2018 has single surfaces, and this one is repeated: give --repeat NUMBER")
     if len(surface.grid.axes) > 2:
         raise InputError("li2018 has surfaces of one or two axes")
     done = np.isin(surface.status, DONE)

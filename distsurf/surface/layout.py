@@ -23,7 +23,7 @@ import numpy as np
 
 from distsurf.errors import DamagedFile, InputError
 from distsurf.evaluator import Column
-from distsurf.grid import Grid
+from distsurf.grid import AXIS_NAMES, REPEAT, Axis, Grid
 from distsurf.surface.storage import Storage
 
 FORMAT = "distsurf-surface-2"
@@ -36,7 +36,7 @@ MAX_TEXT_BYTES = 60_000
 MAX_HEADER_BYTES = 1 << 20
 MOST_SEARCHED = 1 << 30
 """Files up to this many bytes are searched for a second header before they are called no surface files."""
-RESERVED_NAMES = frozenset({"x", "y", "z", "status", COST, "state", "failures"})
+RESERVED_NAMES = frozenset({*AXIS_NAMES, REPEAT, "status", COST, "state", "failures"})
 SECOND_HEADER = "state/header"
 PER_POINT = ("state/checksum", "state/attempts")
 STATUS_MEANING = "0 pending, 1 evaluated, 2 interpolated, 3 failed"
@@ -147,6 +147,7 @@ def lay_out(
             )
     told = {
         "grid": [str(axis) for axis in grid.axes],
+        "repeated": grid.repeated,
         "columns": [[column.name, column.unit] for column in columns],
         "job": job,
         "fingerprint": dict(fingerprint),
@@ -344,7 +345,7 @@ def _parsed(header: bytes) -> Layout:
     """A header whose checksum is right: it may still have been written by a stranger, and hold anything."""
     try:
         told = json.loads(header[LINE_BYTES:])
-        grid = Grid.parse(dict(zip("xyz", told["grid"], strict=False)))
+        grid = Grid(tuple(map(Axis.parse, told["grid"])), bool(told.get("repeated")))
         columns = tuple(Column(str(name), str(unit)) for name, unit in told["columns"])
         texts = {str(name): str(text) for name, text in told["fingerprint"].items()}
         size, structure = int(told["size"]), int(told["structure"])

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,17 +152,69 @@ class Surface:
             position.append(int(found[0]))
         return tuple(position)
 
+    def repeat(self, number: int) -> Surface:
+        """One of the planes (or lines) of a surface that is repeated, from 0 on, as a surface of its own.
+
+        Raises InputError where there is none of this number.
+        """
+        grid, count = self.grid.once, self.grid.repeats
+        if not 0 <= number < count:
+            raise InputError(f"repetition {number}: the surface has {count}, numbered from 0")
+        first = number * grid.size
+        here = number if self.grid.repeated else slice(None)
+        return replace(
+            self,
+            grid=grid,
+            values={name: values[here] for name, values in self.values.items()},
+            status=self.status[here],
+            cost=self.cost[here],
+            failures={p - first: why for p, why in self.failures.items() if 0 <= p - first < grid.size},
+            facts={name: fact for name, fact in self.facts.items() if name != "shard"},
+            path=None,
+        )
+
+    def across_repeats(self, name: str = "loss") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and standard deviation (of a sample: n − 1) of a column over all repetitions, each of one's shape.
+
+        NaN where a value is missing or not finite. Raises InputError for a surface that is not repeated.
+        """
+        if not self.grid.repeated:
+            raise InputError("the surface is not repeated; directions.repeat = n evaluates n planes")
+        values = self[name]
+        known = (np.isin(self.status, DONE) & np.isfinite(values)).all(axis=0)
+        whole = np.where(known, values, np.nan)
+        return whole.mean(axis=0), whole.std(axis=0, ddof=1)
+
+    def average_sharpness(self, name: str = "loss") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean rise of a column over the model, per coordinate ``(nx,)``, and the standard error of that mean.
+
+        Average-case sharpness, E L(w + δ) − L(w) (Andriushchenko et al. 2023, equation 1), of a line along random
+        directions that is repeated: δ is a Gaussian vector times the coordinate, which is the radius ρ; normalized as
+        the job says. NaN where a value is missing or not finite. Raises InputError for another surface.
+        """
+        if not self.grid.repeated or len(self.grid.axes) != 2 or self.origin is None:
+            raise InputError(
+                "average-case sharpness is that of repeated lines through the model: one axis, with 0 on it, and "
+                "directions.repeat = n"
+            )
+        mean, spread = self.across_repeats(name)
+        return mean - mean[self.origin[1]], spread / math.sqrt(self.grid.repeats)
+
     @property
     def models(self) -> list[tuple[str, tuple[float, ...]]]:
-        """Models whose place is known, by name, with their coordinates x, y, …; the first is at the origin."""
+        """Models whose place is known, by name, with their coordinates x, y, …; the first is at the origin.
+
+        Of a surface that is repeated, they lie there in every plane.
+        """
         found = []
+        dimension = len(self.grid.once.axes)
         told = self.facts.get("models")
         for one in told if isinstance(told, list) else []:  # facts may be a stranger's, and anything
             with suppress(TypeError, ValueError, KeyError):
                 at = tuple(float(c) for c in one["at"])
-                if len(at) == len(self.grid.axes) and all(map(math.isfinite, at)):
+                if len(at) == dimension and all(map(math.isfinite, at)):
                     found.append((str(one["name"]), at))
-        return found or [("trained model", (0.0,) * len(self.grid.axes))]
+        return found or [("trained model", (0.0,) * dimension)]
 
     @property
     def trajectory(self) -> NDArray[np.float64] | None:

@@ -37,8 +37,8 @@ def submit(options: argparse.Namespace) -> int:
     text = options.job.read_text()
     gpu_type, gpus = options.gpus_per_node
     shards, at_once = (0, 0) if options.array is None else submit.parse_array(options.array)
-    if shards > job.grid.grid().size:
-        raise InputError(f"--array {shards}: the grid has {job.grid.grid().size:,} points only")
+    if shards > job.evaluated_grid().size:
+        raise InputError(f"--array {shards}: the grid has {job.evaluated_grid().size:,} points only")
     require_files_of(job, whole)
     if whole.exists() and Surface.load(whole).complete:
         print(f"{whole} is complete: there is nothing to submit")

@@ -9,17 +9,17 @@ import sys
 
 from distsurf.errors import DamagedFile, Incomplete, InputError, in_one_line
 from distsurf.verbs.cluster import status_of_folder
-from distsurf.verbs.shared import PICTURES, draw, in_lines, printable, read_job, tell_missing
+from distsurf.verbs.shared import PICTURES, draw, in_lines, load, printable, read_job, tell_missing
 
 
 def plot(options: argparse.Namespace) -> int:
     """Draw a surface file."""
-    from distsurf.surface import Surface
-    from distsurf.view.figures import DEFAULT_KIND
+    from distsurf.view.points import fitting_kinds
 
-    surface = Surface.load(options.file)
-    kind = options.kind or DEFAULT_KIND[len(surface.grid.axes)]
+    surface = load(options.file, options.repeat)
+    kind = options.kind or fitting_kinds(surface)[0]
     suffix = "" if options.column == "loss" else f"_{surface.column(options.column).name}"
+    suffix += "" if options.repeat is None else f"_{options.repeat}"
     path = options.output or options.file.with_name(f"{options.file.stem}_{PICTURES[kind]}{suffix}.png")
     settings = {
         name: getattr(options, name) for name in ("title", "log") if getattr(options, name) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from distsurf.errors import InputError
-from distsurf.verbs.shared import in_lines
+from distsurf.verbs.shared import in_lines, load
 
 
 def import_surface(options: argparse.Namespace) -> int:
@@ -24,11 +24,11 @@ def import_surface(options: argparse.Namespace) -> int:
 
 def export_surface(options: argparse.Namespace) -> int:
     """Write a surface in a format of others."""
-    from distsurf.surface import Surface
     from distsurf.surface.formats import SUFFIXES, export
 
-    surface = Surface.load(options.file)
-    path = options.output or options.file.with_name(options.file.stem + SUFFIXES[options.to])
+    surface = load(options.file, options.repeat)
+    which = "" if options.repeat is None else f"_{options.repeat}"
+    path = options.output or options.file.with_name(options.file.stem + which + SUFFIXES[options.to])
     if path.exists() and path.samefile(options.file):
         raise InputError(f"{path} is the surface itself; give another name with -o")
     export(surface, path, options.to, options.height)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distsurf.errors import InputError, in_one_line
-from distsurf.verbs.shared import printable
+from distsurf.verbs.shared import load, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ def svd(options: argparse.Namespace) -> int:
     from distsurf.view.figures import save
     from distsurf.view.lowrank import MOST_RANKS, Approximation, low_rank
 
-    matrix, label, extent = _read(options.file, options.column)
+    matrix, label, extent = _read(options.file, options.column, options.repeat)
     if options.log:
         if not (matrix > 0).all():
             raise InputError(
@@ -62,7 +62,7 @@ def svd(options: argparse.Namespace) -> int:
 
 
 def _read(
-    path: Path, column: str
+    path: Path, column: str, repeat: int | None
 ) -> tuple[NDArray[np.float64], str, tuple[float, float, float, float] | None]:
     """A matrix, what its values are, and where its edges lie. Raises InputError."""
     import numpy as np
@@ -82,13 +82,13 @@ def _read(
                 return np.asarray(image.convert("F"), np.float64), "grey level", None
         except (UnidentifiedImageError, OSError) as error:
             raise InputError(f"{path} is no picture: {in_one_line(error)}") from error
-    from distsurf.surface import Surface
     from distsurf.view.points import edges
     from distsurf.view.style import quantity
 
-    surface = Surface.load(path)
+    surface = load(path, repeat)
     if len(surface.grid.axes) != 2:
-        raise InputError(f"{path} has {len(surface.grid.axes)} axes; a matrix has two")
+        hint = "; --repeat NUMBER takes one plane" if surface.grid.repeated else ""
+        raise InputError(f"{path} has {len(surface.grid.axes)} axes; a matrix has two{hint}")
     values = surface[column]
     if holes := np.count_nonzero(~np.isfinite(values)):
         raise InputError(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 PICTURES = {"contour": "contour", "surface": "3d", "curves": "curves", "slices": "slices"}
 """What a picture's file is called after, by kind."""
+SHARPNESS_SHOWN = 4
+"""Coordinates at which average-case sharpness is told."""
 
 
 def read_job(path: Path | None, overrides: Sequence[str]) -> Job:
@@ -29,11 +31,20 @@ def read_job(path: Path | None, overrides: Sequence[str]) -> Job:
     return Job.load(path, overrides)
 
 
+def load(path: Path, repeat: int | None) -> Surface:
+    """The surface of a file, or only one of its repetitions."""
+    from distsurf.surface import Surface
+
+    surface = Surface.load(path)
+    return surface if repeat is None else surface.repeat(repeat)
+
+
 def draw(surface: Surface, out: Path) -> list[Path]:
     """The pictures that fit the number of axes, beside the surface file."""
-    kinds = {1: ["curves"], 2: ["contour", "surface"], 3: ["slices"]}[len(surface.grid.axes)]
+    from distsurf.view.points import fitting_kinds
+
     paths = []
-    for kind in kinds:
+    for kind in fitting_kinds(surface):
         path = out.with_name(f"{out.stem}_{PICTURES[kind]}.png")
         surface.plot(path=path, kind=kind)
         paths.append(path)
@@ -80,10 +91,25 @@ def in_lines(surface: Surface) -> list[str]:
     for name, at in surface.models[1:]:
         lines.append(f"{printable(name)} lies at ({', '.join(f'{c:.6g}' for c in at)})")
     barriers = [(column.name, surface.barrier(column.name)) for column in surface.columns if not column.unit]
+    if surface.grid.repeated and len(surface.grid.axes) == 2 and origin:
+        for column in surface.columns:
+            if not column.unit:
+                lines += _sharpness_in_lines(surface, column.name)
     told_barriers = [f"{name} {value:.6g}" for name, value in barriers if value is not None]
     if told_barriers:
         lines.append(f"barrier between the two models: {', '.join(told_barriers)}")
     return lines
+
+
+def _sharpness_in_lines(surface: Surface, name: str) -> list[str]:
+    """Average-case sharpness of a column at a few coordinates."""
+    import numpy as np
+
+    mean, error = surface.average_sharpness(name)
+    known = np.flatnonzero(np.isfinite(mean) & (surface.x != 0))
+    chosen = known[np.linspace(0, len(known) - 1, min(len(known), SHARPNESS_SHOWN)).round().astype(int)]
+    told = [f"{surface.x[i]:.4g}: {mean[i]:.4g} ± {error[i]:.2g}" for i in chosen]
+    return [f"average-case sharpness of {name} (± standard error) at x = {', '.join(told)}"] if told else []
 
 
 def tell_missing(surface: Surface) -> None:

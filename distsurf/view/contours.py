@@ -10,13 +10,13 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.contour import QuadContourSet
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from distsurf.grid import Axis
-from distsurf.surface.surface import Surface
+from distsurf.surface.surface import DONE, Column, Surface
 from distsurf.view import style
 from distsurf.view.labels import label_lines
 from distsurf.view.points import Points, axes_of, best, edges, fill, is_share, pick, remarks, span
@@ -51,7 +51,7 @@ def contour(
     failed or are not finite are left as hatched holes. The maximum of an accuracy is marked instead of its
     minimum. Raises InputError for a surface of another dimension, an unknown column, a bad limit or size.
     """
-    x, y = axes_of(surface, 2, "contour")
+    x, y = axes_of(surface, "contour")
     shown = pick(surface, column)
     points = Points.of(surface, shown)
     scale = choose(points.values, bounded=is_share(shown), levels=levels, vmin=vmin, vmax=vmax, log=log)
@@ -95,11 +95,12 @@ def slices(
     title: str | None = None,
     size: tuple[float, float] | None = None,
 ) -> Figure:
-    """Up to nine planes of a surface with three axes, evenly chosen along z, on one colour scale.
+    """Up to nine planes of a surface with three axes, evenly chosen along the third, on one colour scale.
 
-    The options are those of `contour`. While points are pending, only planes with some value are shown.
+    Where the third axis counts repetitions, their mean and standard deviation are under them. The options are those of
+    `contour`. While points are pending, only planes with some value are shown.
     """
-    x, y, z = axes_of(surface, 3, "slices")
+    x, y, z = axes_of(surface, "slices")
     shown = pick(surface, column)
     points = Points.of(surface, shown)
     scale = choose(points.values, bounded=is_share(shown), levels=levels, vmin=vmin, vmax=vmax, log=log)
@@ -107,23 +108,33 @@ def slices(
     square = int(np.ceil(np.sqrt(len(chosen))))
     columns = min(range(square, max(square, 4) + 1), key=lambda n: -len(chosen) % n)  # fewest empty places
     rows = -(-len(chosen) // columns)
+    is_repeated = surface.grid.repeated
     with style.drawing():
         width = size[0] if size else 1.4 * style.WIDTH
-        panel = (width - 1.29 - 0.24 * (columns - 1)) / columns * (_box_ratio(x, y) or 0.85)
-        height = rows * (panel + 0.26) + 0.6 + (0.25 if title else 0.0)
+        ratio = _box_ratio(x, y) or 0.85
+        panel = (width - 1.29 - 0.24 * (columns - 1)) / columns * ratio
+        heights = [rows * (panel + 0.26), (width / 2 - 1.3) * ratio + 0.5 if is_repeated else 0.0]
+        height = sum(heights) + 0.6 + (0.25 if title else 0.0)
         figure = style.new_figure(size or (width, height), height, layout="compressed")
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        above: Figure | SubFigure = figure
+        if is_repeated:
+            halves = figure.add_gridspec(2, 1, height_ratios=heights)
+            above, below = (figure.add_subfigure(half) for half in (halves[0], halves[1]))
+            _across_repeats(below, surface, shown, scale, style.colours(cmap))
+        panels = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         colours = style.colours(cmap)
         drawn = fill(points, scale.drawn)
         optimum = best(surface, shown, points)
         handles: dict[str, Artist] = {}
         for i, (axes, k) in enumerate(zip(panels.flat, chosen, strict=False)):
             _plane(axes, x, y, drawn[k], scale, colours, 3)
-            axes.set_title(f"z = {number(z.values[k], 3)}", size=style.SMALL, pad=3)
+            axes.set_title(f"{surface.grid.names[2]} = {number(z.values[k], 3)}", size=style.SMALL, pad=3)
             if i % columns == 0:
                 axes.set_ylabel(style.direction(1))
             if i // columns == rows - 1:
                 axes.set_xlabel(style.direction(0))
+            elif i + columns >= len(chosen):  # nothing under it
+                axes.tick_params(labelbottom=True)
             for handle in _marks(axes, surface, optimum, int(k)) + _holes(axes, x, y, points, int(k)):
                 handles[str(handle.get_label())] = handle
         for axes in panels.flat[len(chosen) :]:
@@ -131,12 +142,39 @@ def slices(
         style.top(figure, title, remarks(surface, [shown], scale.log))
         if points.finite.any():
             where = {"ax": panels, "aspect": 30, "fraction": 0.05, "pad": 0.02}
-            style.colour_bar(figure, scale, colours, style.quantity(shown), **where)
+            style.colour_bar(above, scale, colours, style.quantity(shown), **where)
         else:
             style.nothing(panels[0, 0], not points.pending.all())
         style.caption(figure, list(handles.values()))
         style.finish(figure)
     return figure
+
+
+def _across_repeats(
+    figure: SubFigure, surface: Surface, shown: Column, scale: Scale, colours: Colormap
+) -> None:
+    """The mean of all repetitions, on their scale, and beside it their standard deviation, on its own."""
+    x, y, repeats = surface.grid.axes
+    mean, spread = surface.across_repeats(shown.name)
+    pending = ~np.all(np.isin(surface.status, DONE), axis=0)
+    where = {"aspect": 20, "fraction": 0.08, "pad": 0.03}
+    title = f"mean of {repeats.count}"
+    for axes, (values, own, name) in zip(
+        figure.subplots(1, 2, sharey=True),
+        ((mean, scale, title), (spread, choose(spread, log=False), "standard deviation")),
+        strict=True,
+    ):
+        holes = ~pending & ~np.isfinite(values)
+        points = Points(values, pending, np.zeros_like(holes), holes)
+        _plane(axes, x, y, fill(points, own.drawn), own, colours, 3)
+        _holes(axes, x, y, points)
+        axes.set_title(name, size=style.SMALL, pad=3)
+        axes.set_xlabel(style.direction(0))
+        if points.finite.any():
+            style.colour_bar(figure, own, colours, style.quantity(shown), ax=axes, **where)
+        else:
+            style.nothing(axes, not pending.all())
+    figure.axes[0].set_ylabel(style.direction(1))
 
 
 def _slices(points: Points) -> NDArray[np.int64]:
@@ -224,12 +262,13 @@ def _marks(
     halo = [withStroke(linewidth=2.2, foreground="0.1")]
     marks: list[tuple[tuple[float, ...], dict[str, Any]]] = []
     for (name, at), marker in zip(surface.models, MODELS, strict=False):
-        if all(axis.low <= c <= axis.high for c, axis in zip(at, grid.axes, strict=True)):
+        if all(axis.low <= c <= axis.high for c, axis in zip(at, grid.axes, strict=False)):
             label = style.escaped(name)
             marks.append((at, {"marker": marker, "ms": 7, "mew": 1.2, "mfc": "none", "label": label}))
     if optimum is not None:
         name, value, at = optimum
-        label = f"{name} {number(value)} at {style.position(at)}"
+        where = f"{style.position(at[:-1])}, repeat {at[-1]:g}" if grid.repeated else style.position(at)
+        label = f"{name} {number(value)} at {where}"
         marks.append((at, {"marker": "o", "ms": 6, "mew": 1.0, "mfc": "none", "label": label}))
     look: dict[str, Any] = {
         "color": "white",
@@ -240,7 +279,7 @@ def _marks(
     }
     handles: list[Artist] = []
     for at, own in marks:
-        if plane is None or np.isclose(at[2], grid.axes[2].values[plane], rtol=0, atol=1e-9):
+        if plane is None or len(at) < 3 or np.isclose(at[2], grid.axes[2].values[plane], rtol=0, atol=1e-9):
             handles += axes.plot(at[:1], at[1:2], **look, **own)
     return handles
 

@@ -26,6 +26,8 @@ RIGHT = ("#D55E00", "#882255", "#AA4499")
 DASHES = {"": "-", "train": "-", "test": (0, (4, 1.5))}
 MODELS: tuple[Any, ...] = (":", "-.", (0, (1, 4)))
 """Lines at models: at the one at the origin, and at others."""
+FAINT = 4.0
+"""Opacity of all repetitions of a line together."""
 OTHER_DASHES = (0, (5, 1.2, 1.2, 1.2))
 
 
@@ -39,13 +41,15 @@ def curves(
 ) -> Figure:
     """Columns of a surface with one axis against its coordinate; the models on it marked.
 
+    Where the line is repeated, every one is drawn thin, their mean thick, and around it one standard deviation.
+
     A name without its split means every split: ``"loss"`` draws train (solid) and test (dashed). None draws
     losses and accuracies, or every column where there are neither. ``log`` is for the left axis and replaces
     the rule of `distsurf.view.scale`; ``size`` is in inches. Pending points are passed over; a curve is
     broken where a result is not finite. Raises InputError for a surface of another dimension and an
     unknown column.
     """
-    (x,) = axes_of(surface, 1, "curves")
+    x, *_ = axes_of(surface, "curves")
     shown = _chosen(surface, columns)
     right = [column for column in shown if is_share(column)]
     left = [column for column in shown if not is_share(column)]
@@ -73,9 +77,12 @@ def curves(
             if x.low <= at <= x.high:
                 look = {"color": style.GREY, "lw": 0.7, "zorder": 0.5, "ls": dashes}
                 handles.append(axes.axvline(at, label=style.escaped(name), **look))
+        if surface.grid.repeated:
+            label = f"mean of {surface.grid.repeats} ± standard deviation"
+            handles.append(Patch(facecolor=style.GREY, alpha=0.3, label=label))
         handles += _holes(axes, x, list(points.values()))
         if not any(p.finite.any() for p in points.values()):
-            style.nothing(axes, surface.count(Status.PENDING) < x.count)
+            style.nothing(axes, surface.count(Status.PENDING) < surface.grid.size)
         if x.count > 1:
             axes.set_xlim(x.low, x.high)
         style.few_ticks(axes.xaxis, x)
@@ -120,24 +127,40 @@ def _draw(
     handles: list[Artist] = []
     for column in columns:
         split, name = split_of(column)
-        known = ~points[column].pending
-        values = points[column].values[known]
-        finite = np.isfinite(values)
-        colour = colours[quantities.index(name) % len(colours)]
-        handles += axes.plot(
-            x.values[known],
-            values,
-            color=colour,
-            linestyle=DASHES.get(split, OTHER_DASHES),
-            label=style.escaped(style.quantity(Column(column.name) if common else column)),
-            zorder=3,
+        label = style.escaped(style.quantity(Column(column.name) if common else column))
+        look = {
+            "color": colours[quantities.index(name) % len(colours)],
+            "ls": DASHES.get(split, OTHER_DASHES),
+            "zorder": 3,
+        }
+        each = points[column]
+        if each.values.ndim == 1:
+            handles.append(_line(axes, x, each.values, each.pending, {**look, "label": label}))
+            continue
+        faint = {**look, "lw": 0.5, "alpha": min(0.4, FAINT / len(each.values)), "zorder": 2}
+        for values, pending in zip(each.values, each.pending, strict=True):
+            _line(axes, x, values, pending, faint)
+        mean, spread = each.values.mean(axis=0), each.values.std(axis=0, ddof=1)
+        axes.fill_between(x.values, mean - spread, mean + spread, color=look["color"], alpha=0.15, lw=0)
+        handles.append(
+            _line(axes, x, mean, np.any(each.pending, axis=0), {**look, "lw": 1.6, "label": label})
         )
-        # Between two gaps there is no line to see a point by.
-        alone = finite & ~np.r_[False, finite[:-1]] & ~np.r_[finite[1:], False]
-        if alone.any():
-            dot: dict[str, Any] = {"marker": ".", "ms": 4, "color": colour, "clip_on": False, "zorder": 3}
-            axes.plot(x.values[known][alone], values[alone], ls="none", **dot)
     return handles
+
+
+def _line(
+    axes: Axes, x: Axis, values: NDArray[np.float64], pending: NDArray[np.bool_], look: dict[str, Any]
+) -> Artist:
+    """One curve: pending points are passed over, and it is broken where a value is not finite."""
+    at, values = x.values[~pending], values[~pending]
+    (line,) = axes.plot(at, values, **look)
+    # Between two gaps there is no line to see a point by.
+    finite = np.isfinite(values)
+    alone = finite & ~np.r_[False, finite[:-1]] & ~np.r_[finite[1:], False]
+    if alone.any():
+        dot = {**look, "marker": ".", "ms": 4, "ls": "none", "clip_on": False, "label": None}
+        axes.plot(at[alone], values[alone], **dot)
+    return line
 
 
 def _scale_left(axes: Axes, points: Sequence[Points], log: bool | None, bounded: bool) -> None:
@@ -157,14 +180,14 @@ def _scale_left(axes: Axes, points: Sequence[Points], log: bool | None, bounded:
 def _holes(axes: Axes, x: Axis, points: Sequence[Points]) -> list[Artist]:
     """Paint the stretches where a column is not finite and mark failed points; what the legend is to show."""
     handles: list[Artist] = []
-    nonfinite = np.logical_or.reduce([p.nonfinite for p in points])
+    nonfinite = np.logical_or.reduce([p.nonfinite.reshape(-1, x.count).any(axis=0) for p in points])
     if nonfinite.any():
         steps = np.flatnonzero(np.diff(np.r_[False, nonfinite, False]))
         bounds = edges(x)
         for start, stop in steps.reshape(-1, 2):
             axes.axvspan(bounds[start], bounds[stop], zorder=0.2, **style.HOLE)
         handles.append(Patch(**style.HOLE, label=f"not finite ({nonfinite.sum():,})"))
-    failed: NDArray[np.bool_] = points[0].failed
+    failed: NDArray[np.bool_] = np.any(points[0].failed.reshape(-1, x.count), axis=0)
     if failed.any():
         at = x.values[failed]
         handles += axes.plot(

@@ -16,6 +16,7 @@ from distsurf.surface.surface import Surface
 from distsurf.view import style
 from distsurf.view.contours import contour, slices
 from distsurf.view.curves import curves
+from distsurf.view.points import fitting_kinds
 from distsurf.view.relief import surface3d
 
 KINDS: dict[str, Callable[..., Figure]] = {
@@ -24,7 +25,6 @@ KINDS: dict[str, Callable[..., Figure]] = {
     "surface": surface3d,
     "slices": slices,
 }
-DEFAULT_KIND = {1: "curves", 2: "contour", 3: "slices"}
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -43,7 +43,7 @@ def plot(
     another column is named. Raises InputError for a kind that does not fit the grid, an unknown column or
     option, and a path that cannot be written.
     """
-    kind = DEFAULT_KIND[len(surface.grid.axes)] if kind is None else kind
+    kind = fitting_kinds(surface)[0] if kind is None else kind
     if kind not in KINDS:
         raise InputError(f"no kind of picture is named {kind!r}; expected {', '.join(KINDS)}")
     draw = KINDS[kind]

@@ -62,15 +62,25 @@ def pick(surface: Surface, name: str) -> Column:
     return next((c for c in surface.columns if c.name.endswith("loss")), surface.columns[0])
 
 
-def axes_of(surface: Surface, count: int, kind: str) -> tuple[Axis, ...]:
-    """The grid's axes; raises InputError where a ``kind`` of picture for ``count`` axes does not fit them."""
+def axes_of(surface: Surface, kind: str) -> tuple[Axis, ...]:
+    """The grid's axes; raises InputError where a ``kind`` of picture does not fit them."""
     axes = surface.grid.axes
-    if len(axes) != count:
-        fitting = {1: "curves", 2: "contour or surface", 3: "slices"}[len(axes)]
+    fitting = fitting_kinds(surface)
+    if kind not in fitting:
+        has = f"{len(axes)}, the last of them repetitions" if surface.grid.repeated else f"{len(axes)}"
+        single = ", or draw one of them: --repeat NUMBER" if surface.grid.repeated else ""
         raise InputError(
-            f"a picture of kind {kind} needs a grid of {count} axes, this one has {len(axes)}: use {fitting}"
+            f"a picture of kind {kind} does not fit a grid of {has} axes: use {' or '.join(fitting)}{single}"
         )
     return axes
+
+
+def fitting_kinds(surface: Surface) -> tuple[str, ...]:
+    """The kinds of pictures that a surface's grid allows, the usual one first."""
+    grid = surface.grid
+    if len(grid.once.axes) == 1:
+        return ("curves",)
+    return ("contour", "surface") if len(grid.axes) == 2 else ("slices",)
 
 
 def span(axis: Axis) -> tuple[float, float]:

@@ -45,7 +45,7 @@ def surface3d(
     in inches. Points that failed or are not finite are holes. Raises InputError for a surface of another
     dimension, an unknown column, a bad limit or size.
     """
-    x, y = axes_of(surface, 2, "surface")
+    x, y = axes_of(surface, "surface")
     shown = pick(surface, column)
     points = Points.of(surface, shown)
     scale = choose(points.values, bounded=is_share(shown), vmin=vmin, vmax=vmax, log=log)

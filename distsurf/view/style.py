@@ -17,7 +17,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize, to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
@@ -187,13 +187,13 @@ def few_ticks(along: Axis, axis: GridAxis, most: int = 5, prune: Literal["both"]
         along.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], prune=prune))
 
 
-def colour_bar(figure: Figure, scale: Scale, colours: Colormap, label: str, **place: Any) -> None:
+def colour_bar(figure: Figure | SubFigure, scale: Scale, colours: Colormap, label: str, **place: Any) -> None:
     """A colour bar for drawn units, with real values at its ticks, at the ``place`` that colorbar() takes."""
     shown = ScalarMappable(Normalize(scale.low, scale.high), colours)
     bar = figure.colorbar(shown, extend=scale.extend, **place)
     bar.set_ticks(scale.ticks.tolist(), labels=scale.texts(scale.ticks))
     bar.ax.minorticks_off()
-    bar.ax.set_ylabel(wrapped(label, 0.7 * figure.get_figheight()), parse_math=False)
+    bar.ax.set_ylabel(wrapped(label, 0.7 * figure.bbox.height / figure.dpi), parse_math=False)
 
 
 def escaped(text: str) -> str:

@@ -20,9 +20,13 @@ def surface_of(
     *axes: tuple[float, float, int],
     columns: dict[str, str] | None = None,
     evaluated: float = 1.0,
+    repeats: int = 1,
 ) -> Surface:
-    """A surface of ``function(x, y, …)`` in every column, of which a fraction is evaluated coarse to fine."""
-    grid = Grid(tuple(Axis(*axis) for axis in axes))
+    """A surface of ``function(x, y, …)`` in every column, of which a fraction is evaluated coarse to fine.
+
+    With several ``repeats`` their number is the function's last argument.
+    """
+    grid = Grid(tuple(Axis(*axis) for axis in axes)).repeat(repeats)
     order = grid.coarse_to_fine()
     done = order[: round(evaluated * grid.size)]
     values = np.full(grid.size, np.nan)
@@ -85,6 +89,18 @@ def basin(x: Floats) -> Floats:
     return 0.02 + 2.5 * x**2 + 0.3 * np.sin(3 * x) ** 2
 
 
+def stretched(x: Floats, repeat: Floats) -> Floats:
+    """The curve, wider from repetition to repetition."""
+    return basin(x / (1 + 0.2 * repeat))
+
+
+def rotated(x: Floats, y: Floats, repeat: Floats) -> Floats:
+    """A quadratic with its minimum 0.05 at the origin, turned from repetition to repetition."""
+    angle = repeat * 0.5
+    across, along = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    return 0.05 + 3 * across**2 + along**2
+
+
 SQUARE = ((-1, 1, 51), (-1, 1, 51))
 
 PLANES: dict[str, Callable[[], Surface]] = {
@@ -124,6 +140,10 @@ LINES: dict[str, Callable[[], Surface]] = {
     "nothing finite": lambda: surface_of(lambda x: np.inf, (-1, 1, 51)),
     "constant": lambda: surface_of(lambda x: -3.0, (-1, 1, 51)),
     "one point": lambda: surface_of(basin, (0, 0, 1)),
+    "repeated": lambda: surface_of(stretched, (-1, 1, 51), columns=BOTH, repeats=8),
+    "repeated, half done": lambda: fail(
+        surface_of(stretched, (-1, 1, 51), columns=BOTH, evaluated=0.5, repeats=8), (3, 0), (4, 2)
+    ),
     "spikes": lambda: surface_of(lambda x: np.where(np.abs(x) > 0.99, 1e9, 3 + x), (-1, 1, 201)),
 }
 
@@ -136,6 +156,11 @@ CUBES: dict[str, Callable[[], Surface]] = {
         surface_of(lambda x, y, z: holed(x, y) + z, (-1, 1, 11), (-1, 1, 11), (0, 1, 3)), (2, 4, 4)
     ),
     "all pending": lambda: surface_of(lambda x, y, z: x, (-1, 1, 5), (-1, 1, 5), (-1, 1, 2), evaluated=0),
+    "repeated": lambda: surface_of(rotated, (-1, 1, 21), (-1, 1, 17), repeats=7),
+    "repeated, half done": lambda: fail(
+        surface_of(rotated, (-1, 1, 21), (-1, 1, 17), evaluated=0.4, repeats=12), (2, 0, 0)
+    ),
+    "repeated, all pending": lambda: surface_of(rotated, (-1, 1, 5), (-1, 1, 5), evaluated=0, repeats=2),
     "flat": lambda: surface_of(lambda x, y, z: x + z, (-1, 1, 5), (0, 0, 1), (-1, 1, 2)),
     "one point": lambda: surface_of(lambda x, y, z: 1.0, (0, 0, 1), (0, 0, 1), (0, 0, 1)),
 }

@@ -34,6 +34,8 @@ from tests.view.surfaces import (
     decades,
     fail,
     holed,
+    rotated,
+    stretched,
     surface_of,
 )
 
@@ -202,6 +204,29 @@ def test_accuracy_marks_its_maximum_and_is_never_logarithmic() -> None:
     assert marked(figure.axes[0], "o") == [pytest.approx((0.12, -0.2))]
     assert any(text.startswith("maximum 86.07 at") for text in texts(figure))
     assert {"Test accuracy (%)", "80"} <= set(texts(figure))
+
+
+def test_repeated_planes_show_their_mean_and_spread() -> None:
+    """Quadrics turned about their minimum: all agree there, and nowhere else as much."""
+    surface = surface_of(rotated, (-1, 1, 21), (-1, 1, 17), repeats=7)
+    figure = slices(surface)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert set(titles) == {"mean of 7", "standard deviation", *(f"repeat = {k}" for k in range(7))}
+    assert "minimum 0.05 at (0, 0), repeat 0" in [text.get_text() for text in figure.legends[0].texts]
+    with pytest.raises(InputError, match="use slices, or draw one of them: --repeat NUMBER"):
+        contour(surface)
+    assert contour(surface.repeat(2)).axes
+
+
+def test_repeated_lines_show_their_mean_and_spread() -> None:
+    surface = surface_of(stretched, (-1, 1, 51), repeats=8)
+    axes = curves(surface).axes[0]
+    *each, mean = [line for line in axes.lines if len(line.get_xdata()) == 51]
+    assert len(each) == 8
+    np.testing.assert_allclose(mean.get_ydata(), surface["loss"].mean(axis=0))
+    band = axes.collections[0].get_paths()[0].vertices
+    top = (surface["loss"].mean(axis=0) + surface["loss"].std(axis=0, ddof=1)).max()
+    assert band[:, 1].max() == pytest.approx(top)
 
 
 def test_slices_mark_in_the_right_panel() -> None:
