@@ -93,6 +93,12 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         help="only every N-th point, from the I-th (0 to N-1) on, into a file of its own; in a SLURM array 0-N each "
         "task does its shard by itself (0/1: the whole job)",
     )
+    run.add_argument(
+        "--known",
+        type=Path,
+        metavar="THEIRS.h5",
+        help="take the points of a surface of Li et al.'s code, if weights, directions and data are the same",
+    )
     run.add_argument("--ranks", type=_count, default=0, metavar="N", help="start mpirun with N ranks")
     run.add_argument(
         "--under", metavar="COMMAND", help='start the ranks by this command: "srun --mpi=pmi2", "mpirun -n 8"'

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from distsurf import assemble, provenance
+from distsurf.adopt import Known
 from distsurf.agree import agree_on_recipe
 from distsurf.assemble import Live, Say
 from distsurf.distribute.parcel import distribute
@@ -200,6 +201,7 @@ def run(
     live: Live | None = None,
     out: Path | None,
     shard: ArrayShard | None = None,
+    known: Path | None = None,
     fresh: bool = False,
     progress: Mode = "auto",
     say: Say = _say_nothing,
@@ -207,7 +209,9 @@ def run(
     """Evaluate a job's surface on these ranks and return it on every rank.
 
     Results go to the file ``out``, which is continued if it is there; None keeps them in memory. With a ``shard`` only
-    its points are evaluated, into the shard's own file beside ``out``. ``say`` gets lines for the user, on rank 0.
+    its points are evaluated, into the shard's own file beside ``out``. Points of ``known``, a surface of Li et al.'s
+    public code, are taken from there if this job's weights, directions and data agree with it. ``say`` gets lines for
+    the user, on rank 0.
     Raises InputError, and Incomplete if some points got no value; both on every rank.
     """
     say = say if ranks.rank == 0 else _say_nothing
@@ -222,6 +226,7 @@ def run(
         _require_same(ranks.gather(f"{job.fingerprint} {shard}"), "was given another job")
         ranks.expect_signs(job.run.silence)
         assemble.check_names(job)
+        theirs = Known(known) if ranks.rank == 0 and known is not None else None
         if ranks.rank == 0 and out is not None:
             require_writable(out)
     placement = place(ranks, job.run.device, job.run.threads)
@@ -263,6 +268,9 @@ def run(
             # A step of its own: the others must not ask for work before there is somewhere to record it.
             with ranks.together():
                 if ranks.rank == 0:
+                    if theirs is not None:
+                        with trying():
+                            theirs.require_agreement(evaluator, grid)
                     about = {
                         "job": job.to_toml(),
                         "fingerprint": provenance.fingerprint(
@@ -279,12 +287,15 @@ def run(
                         "facts": provenance.facts(job, placement, recipe, shared.subspace, shared.splits)
                         | {"models": shared.models}
                         | ({} if shared.trajectory is None else {"trajectory": shared.trajectory})
+                        | ({} if theirs is None else {"known": theirs.told})
                         | ({} if shard is None else {"shard": str(shard)}),
                     }
                     now = provenance.conditions(placement, recipe)
                     file = stack.enter_context(
                         open_output(out, fresh, evaluator.columns, about, grid, now, say)
                     )
+                    if theirs is not None:
+                        say(f"{theirs.record(file):,} points are taken from {known}")
             patience = Patience(job.run.silence)
             # Before, there is nothing to save: a signal ends all at once.
             with stop, ranks.without_heartbeat():

@@ -99,6 +99,7 @@ def _launch(job: Job, options: argparse.Namespace, shard: ArrayShard | None, und
     arguments += [] if options.out is None else ["--out", options.out]
     arguments += [part for override in options.set for part in ("--set", override)]
     arguments += ["--shard", str(shard or "0/1")]
+    arguments += [] if options.known is None else ["--known", str(options.known)]
     arguments += ["--progress", options.progress] + ["--no-pictures"] * options.no_pictures
     arguments += ["--debug"] * options.debug
     launcher = Launcher(under)
@@ -145,7 +146,14 @@ def _run_on(ranks: Ranks, job: Job, options: argparse.Namespace, shard: ArraySha
     code, message = 0, ""
     try:
         surface = run(
-            job, ranks, out=out, shard=shard, fresh=options.fresh, progress=options.progress, say=say
+            job,
+            ranks,
+            out=out,
+            shard=shard,
+            known=options.known,
+            fresh=options.fresh,
+            progress=options.progress,
+            say=say,
         )
     except Incomplete as error:
         if error.surface is None:  # a rank that was left alone
