@@ -189,9 +189,8 @@ class Prepared:
     splits: list[Split]
     statistics: Split | None
     """What batch-norm statistics are recomputed from, if they are."""
-    models: list[dict[str, Any]]
-    trajectory: dict[str, Any] | None
-    """Where models lie in the subspace, and the path of a training, as `distsurf.span` tells it."""
+    facts: dict[str, Any]
+    """What `distsurf.span` tells of the subspace."""
 
 
 def run(
@@ -285,8 +284,7 @@ def run(
                             statistics=shared.statistics,
                         ),
                         "facts": provenance.facts(job, placement, recipe, shared.subspace, shared.splits)
-                        | {"models": shared.models}
-                        | ({} if shared.trajectory is None else {"trajectory": shared.trajectory})
+                        | shared.facts
                         | ({} if theirs is None else {"known": theirs.told})
                         | ({} if shard is None else {"shard": str(shard)}),
                     }
@@ -388,8 +386,7 @@ def prepare(
         spanned.fixed,
         assemble.wanted_splits(job, splits),
         assemble.training_split(splits) if recomputed else None,
-        spanned.models,
-        spanned.trajectory,
+        spanned.facts,
     )
 
 

@@ -45,10 +45,10 @@ class Spanned:
     subspace: Subspace
     fixed: dict[str, torch.Tensor]
     """The tensors that do not move."""
-    models: list[dict[str, Any]]
-    """Models whose place in the subspace is known, as JSON: ``name`` and ``at``, their coordinates."""
-    trajectory: dict[str, Any] | None
-    """The path that a training takes in it, as `distsurf.direction_files.read_trajectory` gives it."""
+    facts: dict[str, Any]
+    """For the surface file, as JSON: ``models`` whose place in the subspace is known (``name`` and ``at``, their
+    coordinates); ``axes``, what each one leads along; the ``trajectory`` that a training takes in it, if there is one,
+    as `distsurf.direction_files.read_trajectory` gives it."""
 
 
 def span(
@@ -101,21 +101,47 @@ def span(
     return Spanned(
         Subspace(layout, center, directions, pinned, job.directions.repeat),
         {name: buffer.detach().clone() for name, buffer in fixed.items()},
-        [{"name": Path(m.name).name.removeprefix(LIVE), "at": list(m.at)} for m in models],
-        _trajectory(job),
+        {
+            "models": [{"name": _short(m.name), "at": list(m.at)} for m in models],
+            "axes": _leading(job),
+            **_trajectory(job),
+        },
     )
 
 
-def _trajectory(job: Job) -> dict[str, Any] | None:
+def _trajectory(job: Job) -> dict[str, Any]:
     """Where both axes are those of one file, the path that it has."""
     if job.directions.kind == "plane":
-        return None
+        return {}
     wishes = [job.directions.axis(name) for name in job.grid.grid().names]
     files = {(wish.file, wish.normalization) for wish in wishes}
     (file, how) = files.pop()
     if files or file is None or how != "none" or len(wishes) != 2:
-        return None
-    return read_trajectory(Path(file))
+        return {}
+    found = read_trajectory(Path(file))
+    return {} if found is None else {"trajectory": found}
+
+
+def _leading(job: Job) -> list[str]:
+    """What each axis leads along, in words; nothing for a random direction."""
+    if job.directions.kind == "plane":
+        first, second = map(_short, job.directions.checkpoints or [])
+        return [f"toward {first}", f"across it, toward {second}"]
+    told = []
+    for name in job.grid.grid().names:
+        wish = job.directions.axis(name)
+        if wish.checkpoint is not None:
+            told.append(f"toward {_short(wish.checkpoint)}")
+        elif wish.file is not None:
+            told.append(f"{name} of {_short(wish.file)}")
+        else:
+            told.append("along the gradient" if wish.kind == "gradient" else "")
+    return told
+
+
+def _short(name: str) -> str:
+    """A file's name without its folder; a script's object without its mark."""
+    return Path(name).name.removeprefix(LIVE)
 
 
 @dataclass(frozen=True)

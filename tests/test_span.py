@@ -293,6 +293,18 @@ def test_a_job_file_has_the_same_directions(models: list[nn.Module], tmp_path: P
     assert job.fingerprint != Job.read(text.replace("b.pt", "c.pt")).fingerprint
 
 
+def test_axes_are_told_what_they_lead_along(models: list[nn.Module], tmp_path: Path) -> None:
+    save_file(models[1].state_dict(), tmp_path / "other.safetensors")
+    other = str(tmp_path / "other.safetensors")
+    mixed = {"x": {"kind": "difference", "checkpoint": other}, "y": {"kind": "gradient"}, "z": {"seed": 1}}
+    volume = evaluate(models[0], mixed, x="0:1:2", y="0:1:2", z="0:1:2")
+    assert volume.facts["axes"] == ["toward other.safetensors", "along the gradient", ""]
+    plane = evaluate(models[0], {"kind": "plane", "checkpoints": [other, models[2]]}, x="0:1:2", y="0:1:2")
+    assert plane.facts["axes"] == ["toward other.safetensors", "across it, toward checkpoint 1"]
+    line = evaluate(models[0], {"kind": "file", "file": other}, x="0:1:2")
+    assert line.facts["axes"] == ["x of other.safetensors"]
+
+
 # -- repeated -------------------------------------------------------------------------------------------
 
 

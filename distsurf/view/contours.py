@@ -19,7 +19,7 @@ from distsurf.grid import Axis
 from distsurf.surface.surface import DONE, Column, Surface
 from distsurf.view import style
 from distsurf.view.labels import label_lines
-from distsurf.view.points import Points, axes_of, best, edges, fill, is_share, pick, remarks, span
+from distsurf.view.points import Points, axes_of, axis_label, best, edges, fill, is_share, pick, remarks, span
 from distsurf.view.scale import Scale, choose, number
 
 Floats = NDArray[np.float64]
@@ -61,7 +61,7 @@ def contour(
         axes = figure.add_subplot()
         colours = style.colours(cmap)
         lines = _plane(axes, x, y, fill(points, scale.drawn), scale, colours, 5)
-        axes.set(xlabel=style.direction(0), ylabel=style.direction(1))
+        axes.set(xlabel=axis_label(surface, 0), ylabel=axis_label(surface, 1))
         optimum = best(surface, shown, points)
         handles = _path(axes, surface) + _marks(axes, surface, optimum) + _holes(axes, x, y, points)
         style.heading(figure, axes, title, remarks(surface, [shown], scale.log))
@@ -130,9 +130,9 @@ def slices(
             _plane(axes, x, y, drawn[k], scale, colours, 3)
             axes.set_title(f"{surface.grid.names[2]} = {number(z.values[k], 3)}", size=style.SMALL, pad=3)
             if i % columns == 0:
-                axes.set_ylabel(style.direction(1))
+                axes.set_ylabel(axis_label(surface, 1))
             if i // columns == rows - 1:
-                axes.set_xlabel(style.direction(0))
+                axes.set_xlabel(axis_label(surface, 0))
             elif i + columns >= len(chosen):  # nothing under it
                 axes.tick_params(labelbottom=True)
             for handle in _marks(axes, surface, optimum, int(k)) + _holes(axes, x, y, points, int(k)):
@@ -169,12 +169,12 @@ def _across_repeats(
         _plane(axes, x, y, fill(points, own.drawn), own, colours, 3)
         _holes(axes, x, y, points)
         axes.set_title(name, size=style.SMALL, pad=3)
-        axes.set_xlabel(style.direction(0))
+        axes.set_xlabel(axis_label(surface, 0))
         if points.finite.any():
             style.colour_bar(figure, own, colours, style.quantity(shown), ax=axes, **where)
         else:
             style.nothing(axes, not pending.all())
-    figure.axes[0].set_ylabel(style.direction(1))
+    figure.axes[0].set_ylabel(axis_label(surface, 1))
 
 
 def _slices(points: Points) -> NDArray[np.int64]:
@@ -228,14 +228,6 @@ def _path(axes: Axes, surface: Surface) -> list[Artist]:
     path = surface.trajectory
     if path is None:
         return []
-    explained = surface.facts["trajectory"].get("explained")
-    if (
-        isinstance(explained, list)
-        and len(explained) == 2
-        and all(isinstance(share, float) for share in explained)
-    ):
-        labels = [f"component {k + 1} ({share:.1%} of the variance)" for k, share in enumerate(explained)]
-        axes.set(xlabel=labels[0], ylabel=labels[1])
     halo = [withStroke(linewidth=2.4, foreground="0.1")]
     look: dict[str, Any] = {
         "color": "white",

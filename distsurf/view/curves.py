@@ -17,7 +17,17 @@ from distsurf.errors import InputError
 from distsurf.grid import Axis
 from distsurf.surface.surface import Column, Status, Surface
 from distsurf.view import style
-from distsurf.view.points import Points, axes_of, edges, is_accuracy, is_share, pick, remarks, split_of
+from distsurf.view.points import (
+    Points,
+    axes_of,
+    axis_label,
+    edges,
+    is_accuracy,
+    is_share,
+    pick,
+    remarks,
+    split_of,
+)
 from distsurf.view.scale import choose
 
 LEFT = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -86,7 +96,7 @@ def curves(
         if x.count > 1:
             axes.set_xlim(x.low, x.high)
         style.few_ticks(axes.xaxis, x)
-        axes.set_xlabel(style.direction(0))
+        axes.set_xlabel(axis_label(surface, 0))
         style.heading(figure, axes, title, remarks(surface, shown, axes.get_yscale() == "log"))
         style.caption(figure, handles)
         style.finish(figure)

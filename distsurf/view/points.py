@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from distsurf.errors import InputError
 from distsurf.grid import Axis
 from distsurf.surface.surface import Column, Status, Surface
+from distsurf.view import style
 
+LONGEST_LABEL = 36
+"""Characters of an axis label that come from names."""
 VISIBLE = 0.01
 """Share of the range from which on an error of the precision is mentioned."""
 SPLITS = ("train", "test", "val", "valid", "validation")
@@ -81,6 +84,21 @@ def fitting_kinds(surface: Surface) -> tuple[str, ...]:
     if len(grid.once.axes) == 1:
         return ("curves",)
     return ("contour", "surface") if len(grid.axes) == 2 else ("slices",)
+
+
+def axis_label(surface: Surface, axis: int) -> str:
+    """The label of an axis: a component of a trajectory, what it leads along, or "direction 1 (x)"."""
+    trajectory, leading = surface.facts.get("trajectory"), surface.facts.get("axes")
+    explained = trajectory.get("explained") if isinstance(trajectory, dict) else None
+    if surface.trajectory is not None and isinstance(explained, list) and len(explained) == 2:
+        share = explained[axis]
+        if isinstance(share, float):
+            return f"component {axis + 1} ({share:.1%} of the variance)"
+    told = leading[axis] if isinstance(leading, list) and axis < len(leading) else ""
+    if told and isinstance(told, str):
+        short = told if len(told) <= LONGEST_LABEL else f"{told[: LONGEST_LABEL - 1]}…"
+        return f"{style.escaped(short)} ({surface.grid.names[axis]})"
+    return style.direction(axis)
 
 
 def span(axis: Axis) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from distsurf.grid import Axis
 from distsurf.surface.surface import Column, Surface
 from distsurf.view import style
-from distsurf.view.points import Points, axes_of, fill, is_share, pick, remarks, span
+from distsurf.view.points import Points, axes_of, axis_label, fill, is_share, pick, remarks, span
 from distsurf.view.scale import Scale, choose
 
 Floats = NDArray[np.float64]
@@ -70,7 +70,7 @@ def surface3d(
             heights = np.clip(drawn, scale.low, scale.high)
             axes.plot(xs.ravel(), ys.ravel(), heights.ravel(), marker=".", ms=4, color=colours(0.4))
         axes.view_init(elev, azim)
-        _frame(axes, x, y, scale, floor)
+        _frame(axes, surface, scale, floor)
         if points.finite.any():
             bar = figure.add_axes((side, 0.22, 0.025, 0.52))
             style.colour_bar(figure, scale, colours, style.quantity(shown), cax=bar)
@@ -147,14 +147,15 @@ def _floor(
         lines.set_zorder(order + 0.1)
 
 
-def _frame(axes: Axes3D, x: Axis, y: Axis, scale: Scale, floor: float) -> None:
+def _frame(axes: Axes3D, surface: Surface, scale: Scale, floor: float) -> None:
     """Limits, labels and quiet panes."""
+    x, y = surface.grid.axes
     for axis, name in ((x, "x"), (y, "y")):
         getattr(axes, f"set_{name}lim")(*span(axis))
     axes.set_zlim(floor, scale.high)
     axes.set_box_aspect((1, 1, HEIGHT * (1 + FLOOR)), zoom=1.0)
-    axes.set_xlabel(style.direction(0), labelpad=-4)
-    axes.set_ylabel(style.direction(1), labelpad=-4)
+    axes.set_xlabel(axis_label(surface, 0), labelpad=-4)
+    axes.set_ylabel(axis_label(surface, 1), labelpad=-4)
     axes.set_zticks(scale.ticks.tolist(), labels=scale.texts(scale.ticks))
     # Without those at the ends: two of them would meet in the front corner.
     style.few_ticks(axes.xaxis, x, 4, prune="both")

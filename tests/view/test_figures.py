@@ -206,6 +206,24 @@ def test_accuracy_marks_its_maximum_and_is_never_logarithmic() -> None:
     assert {"Test accuracy (%)", "80"} <= set(texts(figure))
 
 
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, ("direction 1 (x)", "direction 2 (y)")),
+        ({"axes": ["toward a$_b.pt", ""]}, (r"toward a\$_b.pt (x)", "direction 2 (y)")),
+        ({"axes": ["a" * 50, "along the gradient"]}, ("a" * 35 + "… (x)", "along the gradient (y)")),
+        ({"axes": [3]}, ("direction 1 (x)", "direction 2 (y)")),
+        ({"axes": "xy", "trajectory": 7}, ("direction 1 (x)", "direction 2 (y)")),
+    ],
+)
+def test_axes_say_what_they_lead_along(facts: dict[str, Any], expected: tuple[str, str]) -> None:
+    surface = PLANES["bowl"]()
+    surface.facts = facts
+    for draw in (contour, surface3d):
+        axes = draw(surface).axes[0]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == expected
+
+
 def test_repeated_planes_show_their_mean_and_spread() -> None:
     """Quadrics turned about their minimum: all agree there, and nowhere else as much."""
     surface = surface_of(rotated, (-1, 1, 21), (-1, 1, 17), repeats=7)
