@@ -91,6 +91,15 @@ def wanted_splits(job: Job, splits: Mapping[str, Split]) -> list[Split]:
     return [splits[name] for name in wanted]
 
 
+def curved_split(name: str | None, splits: Mapping[str, Split]) -> Split:
+    """The data that curvature is measured on. Raises InputError."""
+    if name is None:
+        name = next((usual for usual in ("train", "") if usual in splits), next(iter(splits)))
+    if name not in splits:
+        raise InputError(f"curvature.split = {name!r}: the data has {', '.join(splits)}")
+    return splits[name]
+
+
 def training_split(splits: Mapping[str, Split]) -> Split:
     """The split called ``train``, or data that has no splits. Raises InputError."""
     for name in ("train", ""):

@@ -211,6 +211,30 @@ class DirectionsSection(DirectionSection):
         return self
 
 
+class CurvatureSection(Section):
+    """What of the loss's curvature is measured at every point, beside the objective: of its first column's Hessian."""
+
+    measures: Annotated[list[Literal["eigenvalues", "trace", "gradient", "plane"]], Field(min_length=1)] = [
+        "eigenvalues"
+    ]
+    """``eigenvalues``: the lowest and the highest. ``trace``. ``gradient``: its norm. ``plane``: second derivatives of
+    the surface itself."""
+    split: str | None = None
+    """Of which data; left out: ``train``."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """A fixed part of it, spread over all; 0 is all."""
+    parameters: Literal["all", "weights"] = "all"
+    """``weights``: only those of dimension > 1."""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Error of the eigenvalues, relative; of one that is smaller than a thousandth of the other, relative to that."""
+    products: Annotated[int, Field(ge=1)] = 100
+    """Hessian-vector products for the eigenvalues of a point, at most."""
+    probes: Annotated[int, Field(ge=2)] = 10
+    """Random vectors for the trace."""
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Samples at a time; it changes last digits only."""
+
+
 class GridSection(Section):
     """The coordinates, ``min:max:count`` per axis."""
 
@@ -271,6 +295,7 @@ class Job(Section):
     data: DataSection
     objective: ObjectiveSection = ObjectiveSection()
     directions: DirectionsSection = DirectionsSection()
+    curvature: CurvatureSection | None = None
     grid: GridSection
     run: RunSection = RunSection()
     output: OutputSection = OutputSection()
@@ -359,12 +384,15 @@ class Job(Section):
     def difference(self, recorded: Job) -> str:
         """In words what values of a recorded job depend on otherwise than those of this one; empty if nothing."""
         there, here = recorded._values_depend_on(), self._values_depend_on()
-        return "; ".join(
-            f"{section}.{key} ({there[section].get(key)} there, {here[section].get(key)} here)"
-            for section in here
-            for key in sorted(there[section].keys() | here[section].keys())
-            if there[section].get(key) != here[section].get(key)
-        )
+        told = []
+        for section in {**here, **there}:
+            theirs, ours = there.get(section, {}), here.get(section, {})
+            told += [
+                f"{section}.{key} ({theirs.get(key)} there, {ours.get(key)} here)"
+                for key in sorted(theirs.keys() | ours.keys())
+                if theirs.get(key) != ours.get(key)
+            ]
+        return "; ".join(told)
 
     def _values_depend_on(self) -> dict[str, dict[str, Any]]:
         told = self.model_dump(
@@ -372,6 +400,8 @@ class Job(Section):
         )
         for key in ("device", "threads", "fast"):
             del told["run"][key]
+        if self.curvature is None:
+            del told["curvature"]
         return {**told, "directions": self.directions.told(self.grid.grid().names)}
 
     @property

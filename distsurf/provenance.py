@@ -35,11 +35,12 @@ def fingerprint(
     *,
     batch_size: int,
     statistics: Split | None = None,
+    curved: Split | None = None,
 ) -> dict[str, str]:
     """Everything that values depend on, field by field, in words or digests; the same in every process.
 
     ``losses`` are the user's own among the objective's losses; ``statistics`` the data that batch-norm statistics are
-    recomputed from.
+    recomputed from, ``curved`` that whose loss is measured for its curvature.
     """
     told = {
         "model": describe_model(model),
@@ -52,6 +53,10 @@ def fingerprint(
         "precision": job.run.precision,
         "seed": str(job.run.seed),
     }
+    if job.curvature is not None:
+        told["curvature"] = job.curvature.model_dump_json()
+        if curved is not None:
+            told["curvature"] += f" of {_describe_data([curved])}"
     if job.objective.batch_norm != "frozen":
         told["batch_norm"] = job.objective.batch_norm
     if statistics is not None:

@@ -38,7 +38,10 @@ from distsurf.distribute.ranks import EXIT_ABORTED, Ranks, connected, end_now
 from distsurf.distribute.signals import StopRequest
 from distsurf.distribute.work import Patience, Pulse, follow
 from distsurf.errors import Incomplete, InputError
-from distsurf.job import LIVE, Job
+from distsurf.evaluator import Evaluator
+from distsurf.grid import Grid
+from distsurf.job import LIVE, CurvatureSection, Job
+from distsurf.objective.curvature import CurvatureEvaluator, Wish
 from distsurf.objective.data import Split
 from distsurf.objective.evaluator import ModelEvaluator
 from distsurf.objective.losses import Objective
@@ -72,6 +75,7 @@ def evaluate(
     ignore: str | None = None,
     orthogonalize: bool = False,
     directions: Mapping[str, Any] | None = None,
+    curvature: bool | Mapping[str, Any] = False,
     batch_norm: str = "frozen",
     batch_size: int = 0,
     target: str | None = None,
@@ -96,6 +100,8 @@ def evaluate(
         directions: the table ``[directions]`` of a job file, with more kinds than random ones: ``{"kind":
             "difference", "checkpoint": other}``. A checkpoint is a file, or a module or state dict, whose values on
             rank 0 count.
+        curvature: the table ``[curvature]`` of a job file, with what is to be measured beside the loss: ``{"measures":
+            ["eigenvalues", "trace"]}``. True stands for the defaults.
         metrics: names; left out, accuracy for classification losses.
         objective: a callable ``(model, batch) -> {name: (sum, count)}`` in place of loss and metrics.
         batch_norm: statistics ``frozen`` as they are, ``interpolated`` (part of the directions) or ``recomputed`` from
@@ -139,6 +145,7 @@ def evaluate(
             "data": {"source": f"{LIVE}data", "batch_size": batch_size, "target": target},
             "objective": described,
             "directions": table,
+            "curvature": {} if curvature is True else (dict(curvature) if curvature else None),
             "grid": {"x": x, "y": y, "z": z},
             "run": {"precision": precision, "device": device, "threads": threads, "fast": fast},
         },
@@ -189,6 +196,8 @@ class Prepared:
     splits: list[Split]
     statistics: Split | None
     """What batch-norm statistics are recomputed from, if they are."""
+    curved: Split | None
+    """What curvature is measured on, if it is."""
     facts: dict[str, Any]
     """What `distsurf.span` tells of the subspace."""
 
@@ -263,13 +272,17 @@ def run(
                 recipe = agree_on_recipe(
                     ranks, job, evaluator, out, fresh, say, trying, shard=shard, agreement=agreement
                 )
+            measured: Evaluator = evaluator
+            with ranks.together(), trying(), _same_folder():
+                if job.curvature is not None:
+                    measured = with_curvature(job.curvature, evaluator, shared, grid)
             file = None
             # A step of its own: the others must not ask for work before there is somewhere to record it.
             with ranks.together():
                 if ranks.rank == 0:
                     if theirs is not None:
                         with trying():
-                            theirs.require_agreement(evaluator, grid)
+                            theirs.require_agreement(measured, grid)
                     about = {
                         "job": job.to_toml(),
                         "fingerprint": provenance.fingerprint(
@@ -282,6 +295,7 @@ def run(
                             assemble.own_losses(job, live),
                             batch_size=recipe.batch_size,
                             statistics=shared.statistics,
+                            curved=shared.curved,
                         ),
                         "facts": provenance.facts(job, placement, recipe, shared.subspace, shared.splits)
                         | shared.facts
@@ -290,7 +304,7 @@ def run(
                     }
                     now = provenance.conditions(placement, recipe)
                     file = stack.enter_context(
-                        open_output(out, fresh, evaluator.columns, about, grid, now, say)
+                        open_output(out, fresh, measured.columns, about, grid, now, say)
                     )
                     if theirs is not None:
                         say(f"{theirs.record(file):,} points are taken from {known}")
@@ -300,7 +314,7 @@ def run(
                 if file is not None:
                     outcome = evaluate_missing(
                         ranks,
-                        evaluator,
+                        measured,
                         file,
                         stop,
                         pulse,
@@ -312,7 +326,7 @@ def run(
                         prepare_thread=placement.apply,
                     )
                 else:
-                    outcome = follow(ranks, evaluator, grid, pulse, patience)
+                    outcome = follow(ranks, measured, grid, pulse, patience)
             if not ranks.lost:
                 outcome = ranks.broadcast(outcome)
     outcome.surface.is_writer = ranks.rank == 0
@@ -343,6 +357,17 @@ def evaluator_of(
         statistics=prepared.statistics,
         stop=stop,
     )
+
+
+def with_curvature(
+    section: CurvatureSection, evaluator: ModelEvaluator, prepared: Prepared, grid: Grid
+) -> CurvatureEvaluator:
+    """The evaluator, with the columns of curvature that a job asks for, once their derivatives have been verified."""
+    assert prepared.curved is not None
+    wish = Wish(**section.model_dump(exclude={"split"}))
+    found = CurvatureEvaluator(evaluator, prepared.curved, wish, prepared.subspace, grid.once.names)
+    found.verify()
+    return found
 
 
 def _watched(
@@ -386,6 +411,7 @@ def prepare(
         spanned.fixed,
         assemble.wanted_splits(job, splits),
         assemble.training_split(splits) if recomputed else None,
+        None if job.curvature is None else assemble.curved_split(job.curvature.split, splits),
         spanned.facts,
     )
 

@@ -70,20 +70,20 @@ class ModelEvaluator:
         self._require_fitting(model, subspace, buffers)
         require_available(precision, device)
         self._model = model
-        self._objective = objective
+        self.objective = objective
         self._precision = PRECISIONS[precision]
-        self._seed = seed
+        self.seed = seed
         self._device = device
-        self._stop = stop
+        self.stop = stop
         self._plain = Network(model, subspace, buffers)
         self._network = self._plain
         self._running: Running | None = None
         self._feeds = [Feed(split, device, self._precision.sums) for split in splits]
+        self._known_feeds = list(zip(splits, self._feeds, strict=True))
         self._names: list[tuple[str, ...]] = []
         self._statistics: Feed | None = None
         if statistics is not None:
-            given = [feed for feed, split in zip(self._feeds, splits, strict=True) if split is statistics]
-            self._statistics = given[0] if given else Feed(statistics, device, self._precision.sums)
+            self._statistics = self._feed(statistics)
         self.columns: tuple[Column, ...] = ()
         self.recipe = Recipe(batch_size=batch_size)
         """How points are evaluated now."""
@@ -158,7 +158,7 @@ class ModelEvaluator:
             self._circumstances,
             points,
             {c.name: 100 * FLIPS / size for c in self.columns if c.unit == "%"},
-            self._seed,
+            self.seed,
             wanted,
         )
         self._put_to_work(choice.network)
@@ -204,7 +204,7 @@ class ModelEvaluator:
         running, batches = self._on_sample(self._network, self._precision, SAMPLE[0])
         graded = [column.name for column in self.columns if column.unit != "%"]
         with running:
-            found = read_each(running, points, batches, self._seed)
+            found = read_each(running, points, batches, self.seed)
         return [
             {name: reading.values[name] for name in graded} if isinstance(reading, Reading) else {}
             for reading in found
@@ -252,27 +252,53 @@ class ModelEvaluator:
             recomputation = Recomputation(lambda: few)
         running = Running(
             network,
-            self._objective,
+            self.objective,
             device=self._device,
             precision=precision,
             recomputation=recomputation,
         )
-        return running, _Asking(batches, self._stop)
+        return running, _Asking(batches, self.stop)
 
     def _put_to_work(self, network: Network) -> None:
         self._take_from_work()
+        running = self._at_work(network, self._precision)
+        self._network, self._running = network, running.__enter__()
+
+    def _at_work(self, network: Network, precision: Precision) -> Running:
         recomputation, statistics = None, self._statistics
         if statistics is not None:
             recomputation = Recomputation(lambda: statistics.batches(DEFAULT_BATCH))
-        running = Running(
+        return Running(
             network,
-            self._objective,
+            self.objective,
             device=self._device,
-            precision=self._precision,
+            precision=precision,
             recomputation=recomputation,
-            stop=self._stop,
+            stop=self.stop,
         )
-        self._network, self._running = network, running.__enter__()
+
+    def beside(self, split: Split, precision: str | None = None) -> tuple[Running, Feed]:
+        """The plain network, to be used in a ``with`` block beside its work here, and a split.
+
+        In full precision: that of the job's sums, where none is given.
+        """
+        is_double = self._precision.sums is torch.float64
+        running = self._at_work(self._plain, PRECISIONS[precision or ("fp64" if is_double else "fp32")])
+        return running, self._feed(split)
+
+    def _feed(self, split: Split) -> Feed:
+        """The data of a split; what is on the device already is there once."""
+        for known, feed in self._known_feeds:
+            if known is split:
+                return feed
+        feed = Feed(split, self._device, self._precision.sums)
+        self._known_feeds.append((split, feed))
+        return feed
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the model's parameters, by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
 
     def _take_from_work(self) -> None:
         if self._running is not None:
@@ -289,7 +315,7 @@ class ModelEvaluator:
 
     def _probe(self) -> None:
         """Learn the columns from each split's first batch, and say readably what does not fit."""
-        units = getattr(self._objective, "units", {})
+        units = getattr(self.objective, "units", {})
         columns = []
         origin = np.zeros((1, self._plain.subspace.dimension))
         running, _ = self._on_sample(self._plain, self._precision, SAMPLE[0])
@@ -313,9 +339,9 @@ class ModelEvaluator:
                     again = running.totals(first)
                     if versions != [tensor._version for tensor in tensors_of(first)]:
                         raise InputError(f"{_WRITES}; have its forward work on a copy (x = x.clone())")
-                    if isinstance(self._objective, Supervised) and self._objective.has_users_loss:
+                    if isinstance(self.objective, Supervised) and self.objective.has_users_loss:
                         for each in feed.batches(self.recipe.batch_size):
-                            self._objective.check(running.model, each)
+                            self.objective.check(running.model, each)
                 names = _names(totals)
                 for name in names:
                     for part, what in zip(totals[name], ("sum", "count"), strict=True):
@@ -347,7 +373,7 @@ class ModelEvaluator:
 
     def _seeded(self) -> torch.Tensor:
         """Set the random state; returns what it then is."""
-        torch.manual_seed(self._seed)
+        torch.manual_seed(self.seed)
         return self._random_state()
 
     def _random_state(self) -> torch.Tensor:
@@ -368,13 +394,13 @@ class ModelEvaluator:
         start = time.perf_counter()
         running.move_to(group)
         self.seconds_of_moving = time.perf_counter() - start
-        torch.manual_seed(self._seed)
+        torch.manual_seed(self.seed)
         sums: list[Any] = []
         counts: list[Any] = []
         for feed, names in zip(self._feeds, self._names, strict=True):
             totals = []
             for batch in feed.batches(self.recipe.batch_size):
-                if self._stop():
+                if self.stop():
                     raise Stopped
                 totals.append(running.totals(batch))
             for name in names:

@@ -157,6 +157,12 @@ class Running:
             if self._stack is not None:
                 self._stack.put(row)
 
+    def shift(self, vector: Tensor, by: float) -> None:
+        """Add a vector of the subspace's layout to the weights, for this point."""
+        with torch.no_grad():
+            self._tensors.moving.flat.add_(vector, alpha=by)
+            self._tensors.moving.publish()
+
     def buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers as they are now."""
         return self._tensors.copies()

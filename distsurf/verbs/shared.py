@@ -19,6 +19,8 @@ PICTURES = {"contour": "contour", "surface": "3d", "curves": "curves", "slices":
 """What a picture's file is called after, by kind."""
 SHARPNESS_SHOWN = 4
 """Coordinates at which average-case sharpness is told."""
+CONVERGED = "lambda_converged"
+"""Column of `distsurf.objective.curvature`: whether the ends of a point's spectrum were found as closely as asked."""
 
 
 def read_job(path: Path | None, overrides: Sequence[str]) -> Job:
@@ -91,6 +93,13 @@ def in_lines(surface: Surface) -> list[str]:
     for name, at in surface.models[1:]:
         lines.append(f"{printable(name)} lies at ({', '.join(f'{c:.6g}' for c in at)})")
     barriers = [(column.name, surface.barrier(column.name)) for column in surface.columns if not column.unit]
+    if CONVERGED in surface.names:
+        known = np.isfinite(surface[CONVERGED])
+        if short := int(np.count_nonzero(surface[CONVERGED][known] == 0)):
+            lines.append(
+                f"lambda_min, lambda_max: {short:,} of {np.count_nonzero(known):,} points were not found to the "
+                "tolerance within curvature.products"
+            )
     if surface.grid.repeated and len(surface.grid.axes) == 2 and origin:
         for column in surface.columns:
             if not column.unit:
