@@ -18,7 +18,7 @@ from distsurf.distribute.launcher import launched
 from distsurf.distribute.signals import killed_by_signals
 from distsurf.errors import DistsurfError, Incomplete, in_one_line
 from distsurf.options import Verb, parse
-from distsurf.verbs import cluster, files, formats, matrices, measure, run, trajectory
+from distsurf.verbs import cluster, curvature, files, formats, matrices, measure, run, trajectory
 
 VERBS: dict[str, Verb] = {
     "run": run.run,
@@ -27,6 +27,7 @@ VERBS: dict[str, Verb] = {
     "check": files.check,
     "merge": files.merge,
     "svd": matrices.svd,
+    "curvature": curvature.curvature,
     "submit": cluster.submit,
     "trajectory": trajectory.trajectory,
     "import": formats.import_surface,

@@ -20,19 +20,31 @@ KIND = "direction of distsurf"
 
 
 def keep(path: Path, layout: Layout, direction: NDArray[np.float32], about: Mapping[str, str]) -> None:
-    """Write a direction, tensor by tensor (safetensors), with what it is of. What another process wrote stays."""
+    """Write a direction with what it is of. What another process wrote stays."""
+    try:
+        write_direction(path, layout, direction, about, may_exist=False)
+    except InputError:
+        if not path.exists():
+            raise
+
+
+def write_direction(
+    path: Path,
+    layout: Layout,
+    direction: NDArray[np.float32],
+    about: Mapping[str, str] | None = None,
+    *,
+    may_exist: bool = True,
+) -> None:
+    """Write a direction, tensor by tensor (safetensors)."""
     from safetensors.torch import save_file
 
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(view))
         for name, view in zip(layout.names, layout.views(direction), strict=True)
     }
-    try:
-        with replacing(path, may_exist=False) as temporary:
-            save_file(tensors, str(temporary), metadata={"kind": KIND, **about})
-    except InputError:
-        if not path.exists():
-            raise
+    with replacing(path, may_exist=may_exist) as temporary:
+        save_file(tensors, str(temporary), metadata={"kind": KIND, **(about or {})})
 
 
 def write_plane(

@@ -27,6 +27,7 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf submit my.toml --array 16   on a SLURM cluster; then: status runs/my
   distsurf plan my.toml --ranks 64   how long it will take, and what memory
   distsurf trajectory "c/*.pt" --job my.toml   the loss around a training's path
+  distsurf curvature my.toml     Hessian, trace and sharpness of the model itself
   distsurf svd surface.h5        which rank approximates it how well
   distsurf export surface.h5 --to vtk   for other programs (import: Li et al.'s)
   distsurf bench my.toml         how fast it is beside other ways to do it
@@ -247,6 +248,43 @@ def parse(arguments: list[str], verbs: Mapping[str, Verb]) -> argparse.Namespace
         "--points", type=_positive, default=31, metavar="N", help="of the surface, on each axis (31)"
     )
     path.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/NAME-trajectory")
+
+    curvature = verb(
+        "curvature",
+        "Measure a model itself: gradient, ends of the Hessian's spectrum, trace, spectral density, sharpness.",
+    )
+    curvature.add_argument(
+        "model", type=Path, metavar="JOB.toml|CHECKPOINT", help="a job's own model, or with --job another one"
+    )
+    curvature.add_argument(
+        "--job", type=Path, metavar="JOB.toml", help="of a CHECKPOINT: its model, data and loss"
+    )
+    _add_set(curvature)
+    curvature.add_argument(
+        "--top", type=_positive, default=1, metavar="K", help="eigenvalues at either end (default: 1)"
+    )
+    curvature.add_argument(
+        "--vectors",
+        type=Path,
+        metavar="FOLDER",
+        help="write their eigenvectors as directions, and a job of a plane",
+    )
+    curvature.add_argument(
+        "--density", type=Path, metavar="PICTURE", help="draw the spectral density (.png, .pdf or .svg)"
+    )
+    curvature.add_argument(
+        "--rho",
+        type=float,
+        default=0.05,
+        metavar="R",
+        help="radius of SAM's and average-case sharpness (0.05)",
+    )
+    curvature.add_argument(
+        "--asam-rho", type=float, default=0.5, metavar="R", help="radius of ASAM's sharpness (0.5)"
+    )
+    curvature.add_argument(
+        "--epsilon", type=float, default=1e-3, metavar="E", help="size of Keskar's box (0.001)"
+    )
 
     svd = verb(
         "svd",

@@ -359,13 +359,18 @@ def evaluator_of(
     )
 
 
+def wish_of(section: CurvatureSection) -> Wish:
+    """What a job's section asks for."""
+    return Wish(**section.model_dump(exclude={"split"}))
+
+
 def with_curvature(
     section: CurvatureSection, evaluator: ModelEvaluator, prepared: Prepared, grid: Grid
 ) -> CurvatureEvaluator:
     """The evaluator, with the columns of curvature that a job asks for, once their derivatives have been verified."""
     assert prepared.curved is not None
-    wish = Wish(**section.model_dump(exclude={"split"}))
-    found = CurvatureEvaluator(evaluator, prepared.curved, wish, prepared.subspace, grid.once.names)
+    names = grid.once.names
+    found = CurvatureEvaluator(evaluator, prepared.curved, wish_of(section), prepared.subspace, names)
     found.verify()
     return found
 

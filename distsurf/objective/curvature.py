@@ -24,7 +24,7 @@ from distsurf.evaluator import Column, Stopped
 from distsurf.objective.data import Split, map_tree, tensors_of
 from distsurf.objective.derivatives import Derivatives
 from distsurf.objective.evaluator import ModelEvaluator
-from distsurf.objective.lanczos import Ends, Trace, extremes, trace
+from distsurf.objective.lanczos import Density, Ends, Trace, density, extremes, trace
 from distsurf.subspace.weights import Subspace
 
 Floats = NDArray[np.float64]
@@ -140,11 +140,7 @@ class Curvature:
             weights = torch.from_numpy(self.subspace.center).to(self._device, self._dtype)
             by = step * max(float(torch.linalg.vector_norm(weights)), 1.0)
             product = self.product(along)
-            sides = []
-            for sign in (1, -1):
-                self.move_to(origin)
-                self._running.shift(along, sign * by)
-                sides.append(self.gradient())
+            sides = [self.gradient_at(sign * by * along)[1] for sign in (1, -1)]
             difference = (sides[0] - sides[1]) / (2 * by)
             size = max(float(torch.linalg.vector_norm(v)) for v in (difference, product))
             rounding = float(torch.linalg.vector_norm(sides[0])) * torch.finfo(self._dtype).eps / by
@@ -177,7 +173,41 @@ class Curvature:
 
     def gradient(self) -> Tensor:
         """The gradient, float64."""
-        return self._derivatives.gradient()
+        return self._derivatives.gradient()[1]
+
+    def loss(self) -> float:
+        """The loss."""
+        return self._derivatives.loss()
+
+    def loss_at(self, shift: Tensor) -> float:
+        """The loss with a vector added to the weights, which are then as they were."""
+        try:
+            self._shift(shift)
+            return self._derivatives.loss()
+        finally:
+            self.move_to(np.array(self._point))
+
+    def gradient_at(self, shift: Tensor) -> tuple[float, Tensor]:
+        """The loss and the gradient there."""
+        try:
+            self._shift(shift)
+            return self._derivatives.gradient()
+        finally:
+            self.move_to(np.array(self._point))
+
+    def _shift(self, vector: Tensor) -> None:
+        self._derivatives.forget()
+        self._running.shift(vector.to(self._dtype), 1.0)
+
+    @property
+    def weights(self) -> Tensor:
+        """The parameters that the Hessian is taken of, as a flat vector, at the origin; zero elsewhere."""
+        return torch.from_numpy(self.subspace.center).to(self._device, torch.float64) * self._mask
+
+    @property
+    def mask(self) -> Tensor:
+        """1 for every parameter that the Hessian is taken of, 0 elsewhere."""
+        return self._mask
 
     def ends(self, count: int = 1, *, want_vectors: bool = False) -> Ends:
         """The ends of the spectrum."""
@@ -192,10 +222,17 @@ class Curvature:
             want_vectors=want_vectors,
         )
 
-    def trace(self, basis: Tensor | None = None) -> Trace:
-        """The trace, with its standard error."""
+    def trace(self, ends: Ends | None = None) -> Trace:
+        """The trace, with its standard error; closer where eigenvectors are known, which this is then exact along."""
         probes = [self.normal(1 + k).sign() for k in range(self._wish.probes)]
-        return trace(self.product, probes, basis)
+        if ends is None or ends.low_vectors is None or ends.high_vectors is None:
+            return trace(self.product, probes)
+        known = torch.cat([ends.high_vectors, ends.low_vectors])
+        return trace(self.product, probes, known, float(ends.high.sum() + ends.low.sum()))
+
+    def density(self, probes: int, steps: int) -> Density:
+        """The spectral density, from so many random vectors and products for each."""
+        return density(self.product, [self.normal(1 + k) for k in range(probes)], steps, self._dtype)
 
     def in_plane(self) -> Floats:
         """The Hessian of the surface itself here, ``(D, D)``: d_iᵀ H d_j, exact up to rounding."""

@@ -55,13 +55,27 @@ class Derivatives:
         """Weights or data have changed."""
         self._kept = None
 
-    def gradient(self) -> Tensor:
-        """∇L, ``(layout.size,)`` float64. Raises InputError where the loss is not differentiable."""
+    def loss(self) -> float:
+        """L itself."""
+        total = 0.0
+        torch.manual_seed(self._seed)
+        with torch.no_grad():
+            for batch in self._each():
+                part, count = next(iter(self._objective(self._model, batch).values()))
+                total += float(part)
+                self._count += float(count)
+        return total / self._count
+
+    def gradient(self) -> tuple[float, Tensor]:
+        """L and ∇L, ``(layout.size,)`` float64. Raises InputError where the loss is not differentiable."""
+        value = 0.0
         result, add = self._sum()
         with self._recording():
             for batch in self._each():
-                add(torch.autograd.grad(self._loss(batch), self._parameters, allow_unused=True))
-        return result / self._count
+                total = self._loss(batch)
+                value += float(total.detach())
+                add(torch.autograd.grad(total, self._parameters, allow_unused=True))
+        return value / self._count, result / self._count
 
     def product(self, vector: Tensor) -> Tensor:
         """∇²L · v, ``(layout.size,)`` float64, for a vector of that length.
@@ -160,7 +174,10 @@ class Derivatives:
         """What to say of a model without second derivatives, with the first layer that has none."""
         layer = _without_second_derivative(self._model, self._objective, next(iter(self._batches())))
         where = f"the layer {layer}" if layer else "the model or its loss"
-        return f"no curvature: {where} cannot be differentiated twice ({why}); a fused kernel may have a plain form that can"
+        return (
+            f"no curvature: {where} cannot be differentiated twice ({why}); a fused kernel may have a plain form that "
+            "can"
+        )
 
 
 class _Bytes(torch.autograd.graph.saved_tensors_hooks):

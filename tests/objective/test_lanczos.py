@@ -124,7 +124,7 @@ def test_traces_and_their_errors() -> None:
     plain = trace(lambda v: matrix @ v, probes)
     assert abs(plain.value - spectrum.sum()) < 4 * plain.error
     top = extremes(lambda v: matrix @ v, normal(400), dimension=400, count=4, want_vectors=True, budget=200)
-    with_basis = trace(lambda v: matrix @ v, probes, top.high_vectors)
+    with_basis = trace(lambda v: matrix @ v, probes, top.high_vectors, float(top.high.sum()))
     assert abs(with_basis.value - spectrum.sum()) < 4 * with_basis.error
     assert with_basis.error < plain.error / 4
 
