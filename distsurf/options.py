@@ -27,8 +27,7 @@ The loss surface of a neural network on a grid, on one core or many GPUs.
   distsurf submit my.toml --array 16   on a SLURM cluster; then: status runs/my
   distsurf plan my.toml --ranks 64   how long it will take, and what memory
   distsurf trajectory "c/*.pt" --job my.toml   the loss around a training's path
-  distsurf curvature my.toml     Hessian, trace and sharpness of the model itself
-  distsurf svd surface.h5        which rank approximates it how well
+  distsurf curvature my.toml     the model's Hessian (svd: a surface's ranks)
   distsurf export surface.h5 --to vtk   for other programs (import: Li et al.'s)
   distsurf bench my.toml         how fast it is beside other ways to do it
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,9 @@ from distsurf.subspace import (
 from distsurf.subspace.weights import batch_norm_statistics, load_state, read_checkpoint
 
 Vector = NDArray[Any]
+
+DIRECTIONS_SHARE = 0.5
+"""Of a machine's memory that directions may take."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def span(
     if job.directions.kind == "plane":
         directions, others = _plane(job, weights, center)
     else:
+        _require_memory(job, layout)
         sources = _Sources(job, weights, splits, objective, device, out, say)
         directions, others = (), []
         for repeat in range(job.directions.repeat):
@@ -107,6 +113,18 @@ def span(
             **_trajectory(job),
         },
     )
+
+
+def _require_memory(job: Job, layout: Layout) -> None:
+    """Raise InputError where repeated directions do not fit into this machine."""
+    needed = job.directions.repeat * len(job.grid.grid().axes) * layout.size * 4
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # where the system does not tell
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > DIRECTIONS_SHARE * there:
+            raise InputError(
+                f"directions.repeat = {job.directions.repeat:,}: the directions take {needed / 1e9:,.0f} GB, and this "
+                f"machine has {there / 1e9:,.0f}; evaluate fewer at a time, with another directions.seed each"
+            )
 
 
 def _trajectory(job: Job) -> dict[str, Any]:

@@ -419,6 +419,7 @@ def test_an_unfinished_repetition_has_no_mean() -> None:
         ),
         ({"repeat": 2}, {"y": "0:1:2", "z": "0:1:2"}, "leave out z, or repeat"),
         ({"repeat": 0}, {}, "directions.repeat = 0"),
+        ({"repeat": 90_000_000}, {"x": "0:0:1"}, "the directions take .* GB, and this machine has"),
     ],
 )
 def test_what_cannot_be_repeated(

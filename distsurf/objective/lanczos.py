@@ -76,7 +76,7 @@ class Krylov:
 
     def vectors(self, coefficients: Floats) -> Tensor:
         """Vectors ``(m, n)`` from their coefficients ``(size, m)`` in the basis."""
-        given = torch.from_numpy(np.ascontiguousarray(coefficients.T)).to(self._basis)
+        given = torch.from_numpy(coefficients.T.copy()).to(self._basis)
         return given @ self._basis[: self.size]
 
     def restart(self, keep: Floats, values: Floats) -> None:

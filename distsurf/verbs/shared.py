@@ -50,6 +50,10 @@ def draw(surface: Surface, out: Path) -> list[Path]:
         path = out.with_name(f"{out.stem}_{PICTURES[kind]}.png")
         surface.plot(path=path, kind=kind)
         paths.append(path)
+    if "lambda_ratio" in surface.names and surface.done:
+        kind = fitting_kinds(surface)[0]
+        paths.append(out.with_name(f"{out.stem}_{PICTURES[kind]}_lambda_ratio.png"))
+        surface.plot("lambda_ratio", paths[-1], kind=kind)
     return paths
 
 
