@@ -130,6 +130,10 @@ def evaluate(
     if objective is not None:
         described = {"function": f"{LIVE}{describe_callable(objective)}", "batch_norm": batch_norm}
     checkpoints: dict[str, Any] = {}
+    if directions is not None and not isinstance(directions, Mapping):
+        raise InputError(
+            f"directions: a table was expected, like {{'kind': 'random'}}; {directions!r} was given"
+        )
     table = {
         "seed": seed,
         "orthogonalize": orthogonalize,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from distsurf.subspace import (
     Layout,
     Subspace,
     Tensors,
+    cosine,
     difference,
     normalize,
     orthogonalize,
@@ -39,6 +41,8 @@ from distsurf.subspace.weights import batch_norm_statistics, load_state, read_ch
 
 Vector = NDArray[Any]
 
+PARALLEL = 1 - 1e-6
+"""Cosine from which on two directions are one."""
 DIRECTIONS_SHARE = 0.5
 """Of a machine's memory that directions may take."""
 
@@ -101,18 +105,35 @@ def span(
         for other in others
         if all(c in axis.values for c, axis in zip(other.at, axes, strict=True))
     )
-    name = job.model.checkpoint if others else None
+    path = _trajectory(job)
+    # Beside others, and in the plane of a training, whose centre may be untrained, it goes by its file's name.
+    name = job.model.checkpoint if others or path else None
     models = [_Model(name or "trained model", (0.0,) * len(axes), center), *others]
+    short = [_short(model.name) for model in models]
+    if len(set(short)) < len(short):  # final.pt in one folder, and final.pt in another
+        short = [model.name.removeprefix(LIVE) for model in models]
+    _require_apart(job, directions)
     fixed = Tensors.of(model, interpolated=mode == "interpolated").fixed
     return Spanned(
         Subspace(layout, center, directions, pinned, job.directions.repeat),
         {name: buffer.detach().clone() for name, buffer in fixed.items()},
         {
-            "models": [{"name": _short(m.name), "at": list(m.at)} for m in models],
+            "models": [{"name": n, "at": list(m.at)} for n, m in zip(short, models, strict=True)],
             "axes": _leading(job),
-            **_trajectory(job),
+            **path,
         },
     )
+
+
+def _require_apart(job: Job, directions: Sequence[Vector]) -> None:
+    """Raise InputError where two directions of a plane are the same but for their length."""
+    names = job.grid.grid().names
+    for i, j in itertools.combinations(range(len(names)), 2):
+        if abs(cosine(directions[i], directions[j])) > PARALLEL:
+            raise InputError(
+                f"the directions of {names[i]} and {names[j]} are the same but for their length: they span a line, and "
+                f"not a plane; give {names[j]} another one in [directions.{names[j]}]"
+            )
 
 
 def _require_memory(job: Job, layout: Layout) -> None:
@@ -250,6 +271,8 @@ def _why_zero(name: str, wish: DirectionSection) -> str:
         return (
             f"directions.{name}: {wish.checkpoint} has the same weights as the model; name another checkpoint"
         )
+    if wish.kind == "file" and wish.ignore == "none" and wish.normalization == "none":
+        return f"directions.{name}: {wish.file} holds nothing but zeros for this model"
     return (
         f"the direction of {name} is zero everywhere: with ignore = {wish.ignore!r} and normalization = "
         f"{wish.normalization!r} nothing of this model moves; try ignore = 'none'"

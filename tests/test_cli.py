@@ -97,6 +97,7 @@ def test_a_surface_and_any_matrix_by_singular_values(
         (["grey.png", "--log"], "values of"),
         (["a.npy", "--rank", "9"], "--rank 9:"),
         (["b.npy"], "b.npy is no matrix of numbers"),
+        (["c.npy"], "c.npy is complex"),
         (["none.png"], "no file"),
         (["a.npy", "-o", "a.txt"], "cannot save a picture as 'a.txt'"),
     ):
@@ -306,7 +307,7 @@ def test_help_fits_one_screen(processes: Processes) -> None:
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 80
     for verb in VERBS:
-        assert f"distsurf {verb}" in ended.out or verb in ("merge", "import")
+        assert f"distsurf {verb}" in ended.out or verb in ("merge", "import", "svd")
         with pytest.raises(SystemExit) as done:
             main([verb, "--help"])
         assert done.value.code == 0

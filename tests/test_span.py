@@ -244,7 +244,7 @@ def test_a_file_that_does_not_fit(models: list[nn.Module], tmp_path: Path) -> No
         ("a", {"1.weight": torch.ones(3)}, r"1.weight has shape \(3,\), and \(8,\) in the model"),
         ("b", {"other": torch.ones(3)}, "has directions for other, which the model has not"),
         ("c", {"1.weight": torch.full((8,), torch.inf)}, "1.weight holds NaN or infinity"),
-        ("d", {"1.weight": torch.zeros(8)}, "the direction of x is zero everywhere"),
+        ("d", {"1.weight": torch.zeros(8)}, "directions.x: .*d.safetensors holds nothing but zeros"),
     ):
         save_file(state, tmp_path / f"{name}.safetensors")
         with pytest.raises(InputError, match=words):
@@ -303,6 +303,33 @@ def test_axes_are_told_what_they_lead_along(models: list[nn.Module], tmp_path: P
     assert plane.facts["axes"] == ["toward other.safetensors", "across it, toward checkpoint 1"]
     line = evaluate(models[0], {"kind": "file", "file": other}, x="0:1:2")
     assert line.facts["axes"] == ["x of other.safetensors"]
+
+
+def test_directions_that_are_one_are_refused(models: list[nn.Module], tmp_path: Path) -> None:
+    save_file(models[1].state_dict(), tmp_path / "other.safetensors")
+    other = str(tmp_path / "other.safetensors")
+    for directions in (
+        {"kind": "difference", "checkpoint": other},
+        {"kind": "gradient"},
+        {"kind": "file", "file": other},
+    ):
+        with pytest.raises(InputError, match="the directions of x and y are the same but for their length"):
+            evaluate(models[0], directions, x="0:1:2", y="0:1:2")
+
+
+def test_checkpoints_of_one_name_are_told_apart(models: list[nn.Module], tmp_path: Path) -> None:
+    paths = [tmp_path / name / "final.safetensors" for name in ("a", "b")]
+    for path, model in zip(paths, models[1:], strict=True):
+        path.parent.mkdir()
+        save_file(model.state_dict(), path)
+    plane = evaluate(models[0], {"kind": "plane", "checkpoints": [*map(str, paths)]}, x="0:1:2", y="0:1:2")
+    assert [name for name, _ in plane.models[1:]] == [str(path) for path in paths]
+
+
+def test_the_barrier_of_an_accuracy_is_its_fall(models: list[nn.Module]) -> None:
+    line = evaluate(models[0], {"kind": "difference", "checkpoint": models[1]}, x="0:1:5")
+    values = line["accuracy"]
+    assert line.barrier("accuracy") == (values[0] + values[-1]) / 2 - values.min()
 
 
 # -- repeated -------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ class Surface:
             status=self.status[here],
             cost=self.cost[here],
             failures={p - first: why for p, why in self.failures.items() if 0 <= p - first < grid.size},
-            facts={name: fact for name, fact in self.facts.items() if name != "shard"},
+            facts={name: fact for name, fact in self.facts.items() if name not in ("shard", "cosines")},
             path=None,
         )
 
@@ -232,8 +232,9 @@ class Surface:
     def barrier(self, name: str = "loss") -> float | None:
         """The largest rise of a column above the mean of its ends on the segment between two models.
 
-        max over λ in [0, 1] of L(θ_λ) − ½(L(θ_0) + L(θ_1)), on the grid's points (Frankle et al. 2020, section 2). None
-        where the surface is no such segment, or is not complete there; NaN where a value on it is.
+        max over λ in [0, 1] of L(θ_λ) − ½(L(θ_0) + L(θ_1)), on the grid's points (Frankle et al. 2020, section 2). Of
+        an accuracy it is the largest fall below that mean. None where the surface is no such segment, or is not
+        complete there; NaN where a value on it is.
         """
         if len(self.grid.axes) != 1 or len(self.models) != 2 or self.models[1][1] != (1.0,):
             return None
@@ -241,7 +242,8 @@ class Surface:
         on_it = (x >= 0) & (x <= 1)
         if not ({0.0, 1.0} <= set(x.tolist()) and np.isin(self.status[on_it], DONE).all()):
             return None
-        values = self[name][on_it]
+        sign = -1 if self.column(name).name.endswith(("accuracy", "acc")) else 1
+        values = sign * self[name][on_it]
         return float(values.max() - (values[0] + values[-1]) / 2)
 
     def to_xarray(self) -> xarray.Dataset:

@@ -24,6 +24,8 @@ def plot(options: argparse.Namespace) -> int:
     settings = {
         name: getattr(options, name) for name in ("title", "log") if getattr(options, name) is not None
     }
+    if options.repeat is not None:
+        settings.setdefault("title", f"repeat {options.repeat}")
     surface.plot(options.column, path, kind=kind, **settings)
     print(path)
     return 0
@@ -54,7 +56,10 @@ def status(options: argparse.Namespace) -> int:
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         cosines = ", ".join(f"{pair} {value:.4f}" for pair, value in facts["cosines"].items())
         if cosines:
-            print(printable(f"cosine between directions: {cosines}"))
+            largest = "largest " if surface.grid.repeated else ""
+            print(printable(f"{largest}cosine between directions: {cosines}"))
+    with contextlib.suppress(KeyError, TypeError):
+        print(printable(f"{facts['known']['points']:,} points are taken from {facts['known']['file']}"))
     for point, reason in list(surface.failures.items())[:5]:
         where = ", ".join(f"{c:g}" for c in surface.grid.coordinates_of(point))
         print(printable(f"failed at ({where}): {reason}"))

@@ -31,6 +31,8 @@ def export_surface(options: argparse.Namespace) -> int:
     path = options.output or options.file.with_name(options.file.stem + which + SUFFIXES[options.to])
     if path.exists() and path.samefile(options.file):
         raise InputError(f"{path} is the surface itself; give another name with -o")
+    if options.output is not None and path.exists():
+        raise InputError(f"{path} exists; remove it, or give another name with -o")
     export(surface, path, options.to, options.height)
     print(path)
     return 0

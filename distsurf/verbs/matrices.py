@@ -52,7 +52,8 @@ def svd(options: argparse.Namespace) -> int:
     else:
         print(f"rank {good} is the first within {WITHIN:.0%}")
     rank = min(options.rank or good or ranks, len(found.svd.s))
-    path = options.output or options.file.with_name(f"{options.file.stem}_svd.png")
+    which = "" if options.repeat is None else f"_{options.repeat}"
+    path = options.output or options.file.with_name(f"{options.file.stem}_svd{which}.png")
     figure = low_rank(
         found, rank, extent=extent, label=label, title=options.title, upright=options.file.suffix == ".h5"
     )
@@ -71,7 +72,10 @@ def _read(
         raise InputError(f"no file {path}")
     if path.suffix == ".npy":
         try:
-            return np.load(path, allow_pickle=False).astype(np.float64), "value", None
+            matrix = np.load(path, allow_pickle=False)
+            if np.iscomplexobj(matrix):
+                raise InputError(f"{path} is complex; give its real part, imaginary part or modulus")
+            return matrix.astype(np.float64), "value", None
         except (ValueError, OSError, TypeError) as error:
             raise InputError(f"{path} is no matrix of numbers: {in_one_line(error)}") from error
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"):

@@ -110,7 +110,8 @@ def in_lines(surface: Surface) -> list[str]:
                 lines += _sharpness_in_lines(surface, column.name)
     told_barriers = [f"{name} {value:.6g}" for name, value in barriers if value is not None]
     if told_barriers:
-        lines.append(f"barrier between the two models: {', '.join(told_barriers)}")
+        mode = surface.fingerprint.get("batch_norm", "frozen")
+        lines.append(f"barrier between the two models (batch norm {mode}): {', '.join(told_barriers)}")
     return lines
 
 

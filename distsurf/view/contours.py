@@ -28,6 +28,8 @@ MODELS = ("+", "x", "D", "s", "^", "v")
 """Markers of models, in their order: of the one at the origin, and of others."""
 AVOIDED = 200
 """Places on a trajectory that the numbers of contour lines keep clear of."""
+ROUNDING = 1e-9
+"""Share of the largest deviation that is none."""
 PANELS = 9
 """Most slices of a 3-D grid in one picture."""
 
@@ -139,7 +141,8 @@ def slices(
                 handles[str(handle.get_label())] = handle
         for axes in panels.flat[len(chosen) :]:
             axes.set_visible(False)
-        style.top(figure, title, remarks(surface, [shown], scale.log))
+        some = f"{len(chosen)} of {z.count} planes" if len(chosen) < z.count else ""
+        style.top(figure, title, "; ".join(filter(None, (some, remarks(surface, [shown], scale.log)))))
         if points.finite.any():
             where = {"ax": panels, "aspect": 30, "fraction": 0.05, "pad": 0.02}
             style.colour_bar(above, scale, colours, style.quantity(shown), **where)
@@ -156,12 +159,15 @@ def _across_repeats(
     """The mean of all repetitions, on their scale, and beside it their standard deviation, on its own."""
     x, y, repeats = surface.grid.axes
     mean, spread = surface.across_repeats(shown.name)
+    if scale.log and (apart := spread[spread > ROUNDING * np.nanmax(spread, initial=0.0)]).size:
+        # Where all planes meet it is zero, which a logarithmic scale has no place for.
+        spread = np.maximum(spread, np.percentile(apart, 1))
     pending = ~np.all(np.isin(surface.status, DONE), axis=0)
     where = {"aspect": 20, "fraction": 0.08, "pad": 0.03}
     title = f"mean of {repeats.count}"
     for axes, (values, own, name) in zip(
         figure.subplots(1, 2, sharey=True),
-        ((mean, scale, title), (spread, choose(spread, log=False), "standard deviation")),
+        ((mean, scale, title), (spread, choose(spread, log=scale.log), "standard deviation")),
         strict=True,
     ):
         holes = ~pending & ~np.isfinite(values)
@@ -171,7 +177,9 @@ def _across_repeats(
         axes.set_title(name, size=style.SMALL, pad=3)
         axes.set_xlabel(axis_label(surface, 0))
         if points.finite.any():
-            style.colour_bar(figure, own, colours, style.quantity(shown), ax=axes, **where)
+            quantity = style.quantity(shown)
+            label = quantity if own is scale else f"Deviation of {quantity[:1].lower()}{quantity[1:]}"
+            style.colour_bar(figure, own, colours, label, ax=axes, **where)
         else:
             style.nothing(axes, not pending.all())
     figure.axes[0].set_ylabel(axis_label(surface, 1))

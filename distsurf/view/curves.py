@@ -151,7 +151,9 @@ def _draw(
         for values, pending in zip(each.values, each.pending, strict=True):
             _line(axes, x, values, pending, faint)
         mean, spread = each.values.mean(axis=0), each.values.std(axis=0, ddof=1)
-        axes.fill_between(x.values, mean - spread, mean + spread, color=look["color"], alpha=0.15, lw=0)
+        # No lower than any of them: a mean less a deviation that is larger would leave a logarithmic axis.
+        below = np.maximum(mean - spread, each.values.min(axis=0))
+        axes.fill_between(x.values, below, mean + spread, color=look["color"], alpha=0.15, lw=0)
         handles.append(
             _line(axes, x, mean, np.any(each.pending, axis=0), {**look, "lw": 1.6, "label": label})
         )

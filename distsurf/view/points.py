@@ -70,10 +70,11 @@ def axes_of(surface: Surface, kind: str) -> tuple[Axis, ...]:
     axes = surface.grid.axes
     fitting = fitting_kinds(surface)
     if kind not in fitting:
-        has = f"{len(axes)}, the last of them repetitions" if surface.grid.repeated else f"{len(axes)}"
+        repeated = ", of which the last counts repetitions" if surface.grid.repeated else ""
         single = ", or draw one of them: --repeat NUMBER" if surface.grid.repeated else ""
         raise InputError(
-            f"a picture of kind {kind} does not fit a grid of {has} axes: use {' or '.join(fitting)}{single}"
+            f"a picture of kind {kind} does not fit a grid of {len(axes)} axes{repeated}: use "
+            f"{' or '.join(fitting)}{single}"
         )
     return axes
 

@@ -184,6 +184,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["export", ours, "--to", "csv", "--height", "loss"], "--height is for vtk"),
         (["export", ours, "--to", "vtk", "--height", "depth"], "the surface has no column 'depth'"),
         (["export", ours, "--to", "npz", "-o", ours], "is the surface itself"),
+        (["export", ours, "--to", "npz", "-o", str(tmp_path / "text.h5")], "text.h5 exists; remove it"),
         (["export", str(tmp_path / "v.h5"), "--to", "li2018"], "li2018 has surfaces of one or two axes"),
     ):
         assert main(command) == 1
