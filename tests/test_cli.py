@@ -93,10 +93,12 @@ def test_a_surface_and_any_matrix_by_singular_values(
     assert "grey level, 9 × 8, by lapack" in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} >= {"s_svd.png", "a.pdf", "grey_svd.png"}
     (tmp_path / "b.npy").write_bytes(b"nothing")
+    np.save(tmp_path / "c.npy", np.full((3, 3), 1j))
     for arguments, words in (
         (["grey.png", "--log"], "values of"),
         (["a.npy", "--rank", "9"], "--rank 9:"),
         (["b.npy"], "b.npy is no matrix of numbers"),
+        (["c.npy"], "c.npy is complex"),
         (["c.npy"], "c.npy is complex"),
         (["none.png"], "no file"),
         (["a.npy", "-o", "a.txt"], "cannot save a picture as 'a.txt'"),

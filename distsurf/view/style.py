@@ -78,6 +78,16 @@ RULES: dict[str, Any] = {
 }
 
 
+SYMBOLS = {
+    "lambda_min": "λmin",
+    "lambda_max": "λmax",
+    "lambda_ratio": "|λmin / λmax|",
+    "lambda_min_residual": "residual of λmin",
+    "lambda_max_residual": "residual of λmax",
+}
+"""How columns of curvature are written in pictures."""
+
+
 class Picture(Figure):
     """A matplotlib figure that a notebook displays when it is the value of a cell, without pyplot."""
 
@@ -115,7 +125,7 @@ def finish(figure: Figure) -> None:
 def quantity(column: Column) -> str:
     """The name of a column as an axis label: "Train loss", "Test accuracy (%)"."""
     text = column.name.replace("_", " ").strip()
-    text = text[:1].upper() + text[1:]
+    text = SYMBOLS.get(column.name, text[:1].upper() + text[1:])
     return f"{text} ({column.unit})" if column.unit else text
 
 
