@@ -234,6 +234,14 @@ class CurvatureSection(Section):
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Samples at a time; it changes last digits only."""
 
+    @model_validator(mode="after")
+    def _is_of_one_mind(self) -> CurvatureSection:
+        if len(set(self.measures)) < len(self.measures):
+            raise ValueError(f"measures = {self.measures} names one twice")
+        if "plane" in self.measures and self.parameters != "all":
+            raise ValueError("the measure 'plane' is of all that moves in the plane: leave parameters out")
+        return self
+
 
 class GridSection(Section):
     """The coordinates, ``min:max:count`` per axis."""
@@ -322,6 +330,12 @@ class Job(Section):
         if self.directions.kind == "plane" and len(axes) != 2:
             raise ValueError(
                 f"directions.kind = 'plane' needs the axes x and y; the grid has {', '.join(axes)}"
+            )
+        moving = self.objective.batch_norm
+        if self.curvature is not None and "plane" in self.curvature.measures and moving != "frozen":
+            raise ValueError(
+                f"curvature.measures: 'plane' needs objective.batch_norm = 'frozen', since {moving} statistics bend "
+                "the surface too"
             )
         if self.directions.repeat > 1:
             kinds = (

@@ -58,7 +58,7 @@ def whole(model: nn.Module, only: Callable[[Tensor], bool] = lambda p: True) -> 
 
 @pytest.mark.parametrize(("parameters", "least"), [("all", 0), ("weights", 2)])
 def test_the_model_itself_against_its_whole_hessian(parameters: str, least: int) -> None:
-    surface = curved(net(), {"parameters": parameters, "batch_size": 40})
+    surface = curved(net(), {"parameters": parameters, "batch_size": 40, "measures": MEASURES[:3]})
     gradient, hessian = whole(net(), lambda p: p.ndim >= least)
     spectrum = torch.linalg.eigvalsh(hessian).numpy()
 
@@ -149,10 +149,10 @@ def test_a_budget_that_ends_is_stored_and_counted() -> None:
 
 
 def test_recomputed_statistics_and_repeated_planes() -> None:
-    surface = curved(
-        net(), {"measures": ["plane", "eigenvalues"]}, batch_norm="recomputed", x="0:1:2", y="0:1:2"
-    )
+    surface = curved(net(), {"measures": ["eigenvalues"]}, batch_norm="recomputed", x="0:1:2", y="0:1:2")
     assert np.isfinite(surface["lambda_max"]).all()
+    with pytest.raises(InputError, match="recomputed statistics bend the surface too"):
+        curved(net(), {"measures": ["plane"]}, batch_norm="recomputed")
     lines = curved(net(), {"measures": ["plane"]}, x="-0.01:0.01:3", y=None, directions={"repeat": 2})
     for repeat in range(2):
         loss = lines["loss"][repeat]
@@ -208,6 +208,8 @@ def test_attention_has_curvature() -> None:
     [
         ({"split": "test"}, "curvature.split = 'test': the data has train"),
         ({"measures": []}, "curvature.measures"),
+        ({"measures": ["trace", "trace"]}, "names one twice"),
+        ({"measures": ["plane"], "parameters": "weights"}, "leave parameters out"),
         ({"measures": ["hessian"]}, "curvature.measures"),
         ({"tolerance": 0}, "curvature.tolerance"),
         ({"products": 0}, "curvature.products"),
