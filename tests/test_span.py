@@ -376,6 +376,8 @@ def test_repeated_planes_are_independent_ones_of_the_same_model(
     again = Surface.load(path)
     assert again.grid == whole.grid
     assert again.models == [("trained model", (0.0, 0.0))]
+    told = "<Surface surface, x=-1:1:5 y=-0.5:1:4 repeat=0:3:4, 80 of 80 points: loss, accuracy>"
+    assert repr(again) == told
     xarray = pytest.importorskip("xarray")
     with xarray.open_dataset(path, engine="h5netcdf") as labelled:
         assert dict(labelled["loss"].sizes) == {"repeat": 4, "y": 4, "x": 5}

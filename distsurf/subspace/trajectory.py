@@ -83,7 +83,8 @@ def principal_plane(
     if len(squares) < components or squares[components - 1] <= LOST**2 * squares[0]:
         here = int((squares > LOST**2 * squares[0]).sum())
         raise InputError(
-            f"the {count} checkpoints span {here} direction{'s' if here > 1 else ''}, and {components} were asked for"
+            f"the {count} checkpoints span {here} direction{'s' if here > 1 else ''}, and {components} were asked for: "
+            f"at least {components + 1} different ones are needed"
         )
     # p_k = Σ_i w_ik Δ_i, of length 1; and where Δ_i lies along it: Δ_i·p_k.
     weights = vectors[:, :components] / np.sqrt(squares[:components])

@@ -121,6 +121,8 @@ def _vtk(surface: Surface, path: Path, height: str | None = None) -> None:
     With ``height`` points are lifted by that column, scaled to the width of the first axis; where it is not finite,
     they stay at the bottom.
     """
+    if surface.grid.repeated:
+        raise InputError("vtk would join what are independent planes; give --repeat NUMBER")
     axes = [axis.values for axis in surface.grid.axes]
     counts = [*surface.grid.shape[::-1], 1, 1][:3]
     points = np.zeros((surface.grid.size, 3))

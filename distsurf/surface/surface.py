@@ -37,7 +37,7 @@ DONE = (Status.EVALUATED, Status.INTERPOLATED)
 """What a point that has a value may be."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Surface:
     """Values on a grid.
 
@@ -70,6 +70,13 @@ class Surface:
 
         with SurfaceFile.open(path) as file:
             return file.read()
+
+    def __repr__(self) -> str:
+        """In one line: the name, the grid, how far it is, and the columns."""
+        name = self.facts.get("name", "surface")
+        return (
+            f"<Surface {name}, {self.grid}, {self.done:,} of {self.size:,} points: {', '.join(self.names)}>"
+        )
 
     def column(self, name: str) -> Column:
         """The column that ``name`` means. Raises InputError naming the columns there are."""

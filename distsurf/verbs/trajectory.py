@@ -48,6 +48,8 @@ def trajectory(options: argparse.Namespace) -> int:
                 raise InputError("--about and --scale are for principal components; --plane is as it is")
             if options.error and job is None:
                 raise InputError("--error is for --job")
+            if options.out is not None and job is None:
+                raise InputError("--out is for --job: without one there is nothing to write")
         found = _plane(ranks, paths, center, job, options)
         losses = None
         if options.error and job is not None:
@@ -101,6 +103,8 @@ def _expanded(patterns: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         if not set("*?[") & set(pattern) or Path(pattern).exists():
+            if Path(pattern).is_dir():
+                raise InputError(f"{pattern} is a folder; give its files, for example '{pattern}/*.pt'")
             found.append(Path(pattern))
             continue
         matches = sorted(map(Path, glob.glob(pattern, recursive=True)), key=_natural)

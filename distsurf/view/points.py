@@ -87,8 +87,11 @@ def fitting_kinds(surface: Surface) -> tuple[str, ...]:
     return ("contour", "surface") if len(grid.axes) == 2 else ("slices",)
 
 
-def axis_label(surface: Surface, axis: int) -> str:
-    """The label of an axis: a component of a trajectory, what it leads along, or "direction 1 (x)"."""
+def axis_label(surface: Surface, axis: int, most: int = LONGEST_LABEL) -> str:
+    """The label of an axis: a component of a trajectory, what it leads along, or "direction 1 (x)".
+
+    Of names, ``most`` characters are shown.
+    """
     trajectory, leading = surface.facts.get("trajectory"), surface.facts.get("axes")
     explained = trajectory.get("explained") if isinstance(trajectory, dict) else None
     if surface.trajectory is not None and isinstance(explained, list) and len(explained) == 2:
@@ -97,7 +100,7 @@ def axis_label(surface: Surface, axis: int) -> str:
             return f"component {axis + 1} ({share:.1%} of the variance)"
     told = leading[axis] if isinstance(leading, list) and axis < len(leading) else ""
     if told and isinstance(told, str):
-        short = told if len(told) <= LONGEST_LABEL else f"{told[: LONGEST_LABEL - 1]}…"
+        short = told if len(told) <= most else f"{told[: most - 1]}…"
         return f"{style.escaped(short)} ({surface.grid.names[axis]})"
     return style.direction(axis)
 
@@ -136,6 +139,8 @@ def best(surface: Surface, column: Column, points: Points) -> tuple[str, float, 
         return None
     name, find = ("maximum", np.nanargmax) if is_accuracy(column) else ("minimum", np.nanargmin)
     index = int(find(points.values))
+    if surface.origin is not None and points.values[surface.origin] == points.values.flat[index]:
+        index = int(np.ravel_multi_index(surface.origin, points.values.shape))  # of several, the model itself
     coordinates = surface.grid.coordinates(np.array([index]))[0]
     return name, float(points.values.flat[index]), tuple(float(c) for c in coordinates)
 

@@ -21,6 +21,8 @@ SMOOTH, MOST = 120, 300
 """Cells drawn along an axis: about `SMOOTH` on coarser grids, and finer ones are thinned to `MOST`."""
 HEIGHT = 0.7
 """Height of the surface's box over its width."""
+LONGEST_LABEL = 24
+"""Characters of an axis label: both meet in the front corner."""
 FLOOR = 0.4
 """Depth of the floor under the surface, as a share of the surface's height."""
 
@@ -154,8 +156,8 @@ def _frame(axes: Axes3D, surface: Surface, scale: Scale, floor: float) -> None:
         getattr(axes, f"set_{name}lim")(*span(axis))
     axes.set_zlim(floor, scale.high)
     axes.set_box_aspect((1, 1, HEIGHT * (1 + FLOOR)), zoom=1.0)
-    axes.set_xlabel(axis_label(surface, 0), labelpad=-4)
-    axes.set_ylabel(axis_label(surface, 1), labelpad=-4)
+    axes.set_xlabel(axis_label(surface, 0, LONGEST_LABEL), labelpad=-4)
+    axes.set_ylabel(axis_label(surface, 1, LONGEST_LABEL), labelpad=-4)
     axes.set_zticks(scale.ticks.tolist(), labels=scale.texts(scale.ticks))
     # Without those at the ends: two of them would meet in the front corner.
     style.few_ticks(axes.xaxis, x, 4, prune="both")

@@ -211,7 +211,7 @@ def test_accuracy_marks_its_maximum_and_is_never_logarithmic() -> None:
     [
         ({}, ("direction 1 (x)", "direction 2 (y)")),
         ({"axes": ["toward a$_b.pt", ""]}, (r"toward a\$_b.pt (x)", "direction 2 (y)")),
-        ({"axes": ["a" * 50, "along the gradient"]}, ("a" * 35 + "… (x)", "along the gradient (y)")),
+        ({"axes": ["a" * 24, "along the gradient"]}, ("a" * 24 + " (x)", "along the gradient (y)")),
         ({"axes": [3]}, ("direction 1 (x)", "direction 2 (y)")),
         ({"axes": "xy", "trajectory": 7}, ("direction 1 (x)", "direction 2 (y)")),
     ],
