@@ -1,8 +1,8 @@
 """First and second derivatives of a mean loss with respect to a model's parameters, where the model is now.
 
 Hessian-vector products are double backward: ∂/∂w (∇L · v). Measured on two cores with a ResNet-20 on digits, forward
-mode over reverse (``torch.func.jvp`` of ``grad``) took 1.3 times as long, and graphs of gradients that are kept from one
-product to the next save a fifth of the time (`python -m tests.bench_curvature`).
+mode over reverse (``torch.func.jvp`` of ``grad``) took 1.3 times as long, and graphs of gradients that are kept from
+one product to the next save a fifth of the time (`python -m tests.bench_curvature`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Lanczos' method for a symmetric matrix that is known by its products with vectors only.
 
 Own code rather than ARPACK's (scipy's ``eigsh``), which looks for convergence only when its basis is full and begins
-again with it: for both ends of the spectrum of a ResNet-20 on digits it took 54 products (41 with a basis of 40) where this
-takes 27, and its vectors would have to leave the GPU for every one (`python -m tests.bench_curvature`).
+again with it: for both ends of the spectrum of a ResNet-20 on digits it took 54 products (41 with a basis of 40)
+where this takes 27, and its vectors would have to leave the GPU for every one (`python -m tests.bench_curvature`).
 """
 
 from __future__ import annotations
