@@ -14,7 +14,7 @@ from torch import nn
 
 from distsurf.errors import InputError
 from distsurf.files import replacing
-from distsurf.subspace.weights import Layout, read_checkpoint
+from distsurf.subspace.weights import Layout, read_checkpoint, without_wrapper
 
 KIND = "direction of distsurf"
 
@@ -115,6 +115,7 @@ def read_direction(path: Path, axis: str, layout: Layout, model: nn.Module) -> N
         name.removeprefix(f"{axis}."): tensor for name, tensor in state.items() if name.startswith(f"{axis}.")
     }:
         state = own
+    state = without_wrapper(state)
     known = [*dict(model.named_parameters()), *dict(model.named_buffers())]
     if strange := [name for name in state if name not in known]:
         raise InputError(f"{path} has directions for {', '.join(strange[:3])}, which the model has not")

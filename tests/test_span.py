@@ -301,7 +301,11 @@ def test_axes_are_told_what_they_lead_along(models: list[nn.Module], tmp_path: P
     assert volume.facts["axes"] == ["toward other.safetensors", "along the gradient", ""]
     plane = evaluate(models[0], {"kind": "plane", "checkpoints": [other, models[2]]}, x="0:1:2", y="0:1:2")
     assert plane.facts["axes"] == ["toward other.safetensors", "across it, toward checkpoint 1"]
+    wrapped = {f"module.{name}": tensor for name, tensor in models[1].state_dict().items()}
+    save_file(wrapped, tmp_path / "parallel.safetensors")
+    parallel = {"kind": "file", "file": str(tmp_path / "parallel.safetensors")}
     line = evaluate(models[0], {"kind": "file", "file": other}, x="0:1:2")
+    assert evaluate(models[0], parallel, x="0:1:2")["loss"].tobytes() == line["loss"].tobytes()
     assert line.facts["axes"] == ["x of other.safetensors"]
 
 

@@ -134,24 +134,24 @@ def _folder(job: Job) -> Path:
 def _write(
     found: Trajectory, layout: Layout, paths: list[Path], center: int, job: Job, options: argparse.Namespace
 ) -> None:
-    from distsurf.direction_files import write_plane
+    from distsurf.direction_files import read_trajectory, write_plane
     from distsurf.files import replacing
     from distsurf.job import Job
 
     folder = options.out or _folder(job)
     plane = folder / "plane.safetensors"
-    write_plane(
-        plane,
-        layout,
-        found.directions,
-        {
-            "names": [path.name for path in paths],
-            "coordinates": found.coordinates.tolist(),
-            "explained": (found.explained if options.about == "center" else found.explained_centred)[
-                :2
-            ].tolist(),
-        },
-    )
+    explained = found.explained if options.about == "center" else found.explained_centred
+    told = {
+        "names": [path.name for path in paths],
+        "coordinates": found.coordinates.tolist(),
+        "explained": explained[:2].tolist(),
+    }
+    if not ((folder / "surface.h5").exists() and plane.exists()):
+        write_plane(plane, layout, found.directions, told)
+    elif not _is_same(read_trajectory(plane), told):
+        raise InputError(
+            f"{folder} has the surface of another plane, which {plane} spans; give another --out"
+        )
     table = job.model_dump(exclude_none=True, by_alias=True)
     table |= {
         "name": f"{job.name}-trajectory",
@@ -163,6 +163,16 @@ def _write(
     table.pop("train", None)
     with replacing(folder / "job.toml") as temporary:
         temporary.write_text(Job.build(table).to_toml())
+
+
+def _is_same(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether a trajectory was found before; with another number of ranks, last digits differ."""
+    import numpy as np
+
+    if before is None or before.get("names") != now["names"]:
+        return False
+    then, here = (np.array(each["coordinates"], float) for each in (before, now))
+    return then.shape == here.shape and bool(np.allclose(then, here, rtol=1e-5, atol=1e-6 * abs(here).max()))
 
 
 def _box(coordinates: NDArray[np.float64], points: int) -> list[str]:

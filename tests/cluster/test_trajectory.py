@@ -113,6 +113,14 @@ def test_the_surface_has_the_path(trained: Processes) -> None:
         for x, y in path[[0, -1]]
     ]
     assert nearest[0] > 2 * nearest[1]
+    # Again it is the same plane; another one would take the surface's away.
+    plane = trained.folder / "runs/net-trajectory/plane.safetensors"
+    before = plane.read_bytes()
+    assert trained.python(*FIND, "--scale", "center").code == 0
+    refused = trained.python(*FIND)
+    assert refused.code == 1
+    assert "runs/net-trajectory has the surface of another plane" in refused.err
+    assert plane.read_bytes() == before
 
 
 @pytest.mark.parametrize(
