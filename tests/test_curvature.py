@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from distsurf.bench.contender import Contender
 from distsurf.cli import main
 from distsurf.surface import Surface
 from tests.conftest import Processes
@@ -123,6 +125,14 @@ def test_the_map_has_a_picture(folder: Path, capsys: pytest.CaptureFixture[str])
     assert main(["run", "q.toml", "--set", "curvature.tolerance=0.1"]) == 1
     assert "curvature" in capsys.readouterr().err
     assert main(["plan", "q.toml"]) == 0
+
+
+def test_a_plan_measures_curvature_too(folder: Path) -> None:
+    """Else its walltime would be that of the loss alone."""
+    with contextlib.closing(Contender("distsurf", Path("q.toml"), 1)) as contender:
+        contender.ready()
+        contender.tell([0.5, 0.5])
+        assert contender.told()["values"]["lambda_max"] == pytest.approx(8, rel=1e-4)
 
 
 def test_ranks_give_the_same_bits(folder: Path, processes: Processes) -> None:

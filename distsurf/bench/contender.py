@@ -33,12 +33,13 @@ from distsurf.bench.machine import matrix_rate, memory_bandwidth
 from distsurf.distribute.placement import Placement, place
 from distsurf.distribute.ranks import Ranks
 from distsurf.errors import DistsurfError, InputError
+from distsurf.evaluator import Evaluator
 from distsurf.job import Job
 from distsurf.objective.data import Split, map_tree, tensors_of
 from distsurf.objective.precision import PRECISIONS, arithmetic
 from distsurf.objective.recipe import DEFAULT_BATCH
 from distsurf.objective.tune import TIMED, tune_batch_size
-from distsurf.run import Prepared, evaluator_of, prepare
+from distsurf.run import Prepared, evaluator_of, prepare, with_curvature
 
 MARK = "distsurf-bench:"
 """What stands before our lines: a user's code may print lines of its own."""
@@ -241,6 +242,9 @@ class _Distsurf(_Way):
             evaluator_of(job, model, prepared, assemble.build_objective(job, None), placement)
         )
         recipe = agree_on_recipe(Ranks(), job, self._evaluator, None, False, lambda line: None)
+        self._measured: Evaluator = self._evaluator
+        if job.curvature is not None:
+            self._measured = with_curvature(job.curvature, self._evaluator, prepared, job.evaluated_grid())
         tensors = [t for split in prepared.splits for piece in split.pieces for t in tensors_of(piece)]
         self.about = {
             "samples": sum(split.samples for split in prepared.splits),
@@ -254,10 +258,10 @@ class _Distsurf(_Way):
 
     def evaluate(self, point: list[float]) -> Answer:
         count = self._evaluator.points_per_pass
-        values = self._evaluator(np.array([point] * count))[0]
+        values = self._measured(np.array([point] * count))[0]
         return {
             "points": count,
-            "values": {c.name: float(v) for c, v in zip(self._evaluator.columns, values, strict=True)},
+            "values": {c.name: float(v) for c, v in zip(self._measured.columns, values, strict=True)},
             "moving_s": self._evaluator.seconds_of_moving,
         }
 

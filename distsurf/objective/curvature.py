@@ -24,12 +24,11 @@ from distsurf.evaluator import Column, Stopped
 from distsurf.objective.data import Split, map_tree, tensors_of
 from distsurf.objective.derivatives import Derivatives
 from distsurf.objective.evaluator import ModelEvaluator
-from distsurf.objective.lanczos import Density, Ends, Trace, density, extremes, trace
+from distsurf.objective.lanczos import Density, Ends, Estimate, density, extremes, trace
 from distsurf.subspace.weights import Subspace
 
 Floats = NDArray[np.float64]
 Measure = Literal["eigenvalues", "trace", "gradient", "plane"]
-MEASURES: tuple[Measure, ...] = ("eigenvalues", "trace", "gradient", "plane")
 CONVERGED = "lambda_converged"
 """Column of the flag: 1 where both ends were found to the tolerance, 0 where the budget ended before."""
 CLOSE = 0.05
@@ -222,7 +221,7 @@ class Curvature:
             want_vectors=want_vectors,
         )
 
-    def trace(self, ends: Ends | None = None) -> Trace:
+    def trace(self, ends: Ends | None = None) -> Estimate:
         """The trace, with its standard error; closer where eigenvectors are known, which this is then exact along."""
         probes = [self.normal(1 + k).sign() for k in range(self._wish.probes)]
         if ends is None or ends.low_vectors is None or ends.high_vectors is None:

@@ -221,6 +221,7 @@ def _without_second_derivative(model: nn.Module, objective: Objective, batch: An
             for t in given
         ]
         wanted = [t for t in [*inputs, *layer.parameters()] if isinstance(t, Tensor) and t.requires_grad]
+        before = [t.grad for t in wanted]
         try:
             outputs = layer(*inputs)
             first = outputs if isinstance(outputs, Tensor) else outputs[0]
@@ -228,12 +229,12 @@ def _without_second_derivative(model: nn.Module, objective: Objective, batch: An
             total = sum(g.square().sum() for g in found if g is not None)
             if isinstance(total, Tensor) and total.requires_grad:
                 # To every leaf: on the way to `wanted` alone, torch would pass by what has no second derivative.
-                before = [t.grad for t in wanted]
                 total.backward()
-                for tensor, grad in zip(wanted, before, strict=True):
-                    tensor.grad = grad
         except (RuntimeError, NotImplementedError):
             return f"{name} ({type(layer).__name__})" if name else type(layer).__name__
         except Exception:  # arguments by keyword, or a layer that cannot be called alone
             continue
+        finally:
+            for tensor, grad in zip(wanted, before, strict=True):
+                tensor.grad = grad
     return ""

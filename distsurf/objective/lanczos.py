@@ -179,15 +179,23 @@ def _ends(krylov: Krylov, count: int, *, converged: bool, want_vectors: bool) ->
 
 
 @dataclass(frozen=True)
-class Trace:
-    """A trace and how far it may be off."""
+class Estimate:
+    """A mean over random draws, and how far it may be off."""
 
     value: float
     error: float
-    """Standard error of the mean over the probes."""
+    """Standard error of the mean."""
+
+    @classmethod
+    def of(cls, draws: list[float]) -> Estimate:
+        """That of these draws."""
+        spread = float(np.std(draws, ddof=1)) if len(draws) > 1 else math.nan
+        return cls(float(np.mean(draws)), spread / math.sqrt(len(draws)))
 
 
-def trace(product: Product, probes: list[Tensor], basis: Tensor | None = None, known: float = 0.0) -> Trace:
+def trace(
+    product: Product, probes: list[Tensor], basis: Tensor | None = None, known: float = 0.0
+) -> Estimate:
     """The trace of a symmetric matrix from random vectors of ±1 (Hutchinson 1989).
 
     With an orthonormal ``basis`` ``(m, n)``, which must not depend on the probes, the trace on its span is ``known``,
@@ -196,9 +204,8 @@ def trace(product: Product, probes: list[Tensor], basis: Tensor | None = None, k
     found = []
     for probe in probes:
         rest = probe if basis is None else probe - basis.T @ (basis @ probe)
-        found.append(float(rest.double() @ product(rest).double()))
-    error = float(np.std(found, ddof=1) / math.sqrt(len(found))) if len(found) > 1 else math.nan
-    return Trace(known + float(np.mean(found)), error)
+        found.append(known + float(rest.double() @ product(rest).double()))
+    return Estimate.of(found)
 
 
 @dataclass(frozen=True)

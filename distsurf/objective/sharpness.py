@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 
 from distsurf.objective.curvature import Curvature
+from distsurf.objective.lanczos import Estimate
 
 ETA = 0.01
 """Added to |w| by ASAM (Kwon et al. 2021, section 4)."""
@@ -50,16 +47,8 @@ def keskar(curvature: Curvature, epsilon: float) -> float:
     return 100 * (best - before) / (1 + before)
 
 
-@dataclass(frozen=True)
-class Average:
-    """A mean and its standard error."""
-
-    value: float
-    error: float
-
-
-def average_case(curvature: Curvature, rho: float, draws: int) -> Average:
+def average_case(curvature: Curvature, rho: float, draws: int) -> Estimate:
     """E L(w + ρ |w| ∘ δ) − L(w) for Gaussian δ (Andriushchenko et al. 2023, equation 1, adaptive)."""
     before, scale = curvature.loss(), curvature.weights.abs()
     rises = [curvature.loss_at(rho * scale * curvature.normal(1 + k).double()) - before for k in range(draws)]
-    return Average(float(np.mean(rises)), float(np.std(rises, ddof=1) / math.sqrt(draws)))
+    return Estimate.of(rises)
